@@ -1,0 +1,555 @@
+"""
+The small parts that all five methods share: seeds and devices, the attention choice, the tiny tokenizer,
+action statistics and normalization, quantizers, chunk ensembling, safe checkpoint files. All of it takes
+tensors and numbers, never a config or a model. What makes a method the method is in its own file, not here.
+
+How a method file is used; train.py, eval_sim.py and serve.py need only these names of it:
+
+    Config, PRESETS           a flat dataclass; {"base": Config(...), ..., "tiny": Config(...)}
+    load_tokenizer(cfg)       the tokenizer of cfg.tokenizer ("tiny" is built here, nothing is downloaded)
+    prepare(sample, cfg, tokenizer, stats, key=None, train=False)
+                              one sample or observation -> dict of CPU tensors; runs in loader workers, knows
+                              no weights; `key` (an int) fixes every random draw made for the sample
+    collate(prepared, cfg)    list of those -> batch: dict of tensors
+    Model(cfg, tokenizer, stats, attn)
+                              forward(batch), loss(batch) -> (scalar, dict to log), blocks(),
+                              act(observations, unnorm_key) -> (chunks (B, T, A) in robot units, info),
+                              param_groups(lr, weight_decay), save_pretrained(folder, card={})
+    from_pretrained(path_or_id, ...)
+                              our folder, the official release, or a hub id -> Model
+    Policy(model, unnorm_key, execute)
+                              reset(), needs_chunk, step(observation, chunk=None) -> one action
+
+A sample is described at the top of data.py; an observation is one with only images, instruction and state.
+
+A checkpoint folder: config.json {"method", "preset", "config", "origin", "version"}, model.safetensors
+(official parameter names), dataset_statistics.json, README.md (model card), tokenizer files unless "tiny".
+Statistics: {dataset: {"action": {mean, std, min, max, q01, q99, mask}, num_transitions, num_trajectories}}.
+"""
+import contextlib
+import errno
+import hashlib
+import importlib.util
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import struct
+import sys
+import zipfile
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+VERSION = 1                          # of the checkpoint folder's layout
+
+
+# ---- Devices, ranks, seeds --------------------------------------------------------------------------------
+
+def device(name="auto"):
+    """The torch.device to run on: "auto" is the accelerator torch finds (CUDA, MPS, XPU ...), else the CPU.
+
+    On a machine with several accelerators, "auto" is the one of this process' LOCAL_RANK.
+    """
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name == "auto":
+        if found is None:
+            return torch.device("cpu")
+        several = torch.accelerator.device_count() > 1
+        return torch.device(found.type, rank_info()[1]) if several else torch.device(found.type)
+    wanted = torch.device(name)
+    if wanted.type not in ("cpu", "meta") and (found is None or wanted.type != found.type):
+        have = found.type if found else "only a CPU"
+        raise ValueError(f"device {name!r} was asked for; this machine has {have}. Use --device auto.")
+    return wanted
+
+
+def rank_info():
+    """(rank, local rank, world size) as torchrun sets them; (0, 0, 1) without a launcher."""
+    return tuple(int(os.environ.get(name, default)) for name, default in
+                 (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+
+
+def seed_everything(seed):
+    """Seed python, numpy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def hash64(*ints):
+    """A 63-bit hash of integers: the seed of everything drawn for them, whatever process draws it."""
+    packed = b"".join(struct.pack("<q", int(i)) for i in ints)
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
+
+
+def keyed_generator(*ints):
+    """A CPU torch.Generator that depends on the integers only."""
+    return torch.Generator().manual_seed(hash64(*ints))
+
+
+def keyed_rng(*ints):
+    """A numpy Generator that depends on the integers only."""
+    return np.random.default_rng(hash64(*ints))
+
+
+# ---- Attention --------------------------------------------------------------------------------------------
+
+ATTENTION = ("auto", "flash", "sdpa", "eager")
+
+
+def pick_attention(kind="auto", device="cpu"):
+    """Resolve --attn: auto is flash-attn's kernels when installed and on CUDA, else torch's SDPA."""
+    if kind not in ATTENTION:
+        raise ValueError(f"attention {kind!r} does not exist; choose one of {', '.join(ATTENTION)}.")
+    on_cuda = torch.device(device).type == "cuda"
+    installed = importlib.util.find_spec("flash_attn") is not None
+    if kind == "flash" and not (on_cuda and installed):
+        have = "is installed" if installed else "is not installed (README has the line)"
+        raise ValueError(f"attention 'flash' needs CUDA and flash-attn; the device is "
+                         f"{torch.device(device).type}, and flash-attn {have}. Use --attn auto.")
+    return ("flash" if on_cuda and installed else "sdpa") if kind == "auto" else kind
+
+
+def hf_attention(kind):
+    """The name transformers uses for our attention kind."""
+    return {"flash": "flash_attention_2", "sdpa": "sdpa", "eager": "eager"}[kind]
+
+
+def attention(q, k, v, kind="sdpa", causal=False, mask=None):
+    """Scaled dot-product attention. q: (B, L, H, K), k and v: (B, M, H, K) -> (B, L, H, K).
+
+    mask: bool, broadcastable to (B, H, L, M), True = may look. flash-attn's kernels know neither masks nor
+    32-bit floats: those calls go through SDPA, with the same numbers up to rounding.
+    """
+    if kind == "flash" and mask is None and q.dtype in (torch.float16, torch.bfloat16):
+        from flash_attn import flash_attn_func
+        return flash_attn_func(q, k, v, causal=causal)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, L, K)
+    if kind != "eager":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).transpose(1, 2)
+    score = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5              # (B, H, L, M)
+    if causal:
+        mask = torch.ones(score.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        score = score.masked_fill(~mask, float("-inf"))
+    weight = score.softmax(-1, dtype=torch.float32).to(v.dtype)        # in 32 bits, as inside of SDPA
+    return (weight @ v).transpose(1, 2)
+
+
+# ---- The tiny tokenizer -----------------------------------------------------------------------------------
+
+# One token per word of the embedded tasks, so that a prompt costs about 22 tokens. Anything else is spelled,
+# character by character. The order is frozen, as the weights under assets/ were trained with these ids: new
+# words go to the end.
+TINY_WORDS = """
+In What Out in what action should the robot take to out red green blue yellow purple orange white black gray
+grey brown pink cyan cube cylinder ball pyramid bar block brick can sphere cone box bowl plate tray cup lid
+drawer button cloth pick up lift grab raise hold put place move set drop lay push slide shove drag stack pile
+turn rotate twist spin point find look open close get bring pull press go reach leave keep give show grasp
+release carry fetch swivel nudge a an of off on onto into from at it is and between next near left right
+front back top middle side away toward towards you me your my clockwise counterclockwise anticlockwise two
+one three both other same object thing gripper hand where which color colour shape down over far behind table
+edge center centre corner half quarter degrees with without by this that there here be are not no yes please
+now then first last above below under beside against inside outside upper lower big small large long short
+flat round tall its along across around until so as for x y pixel position image picture camera arm wrist
+finger fingers farthest nearest leftmost rightmost closest end start again little bit slightly task done
+approach align descend rise home wait stop item items blocks cubes balls
+""".split()
+
+
+def tiny_tokenizer():
+    """A tokenizer built in the process (nothing is downloaded): words of the embedded tasks, else characters.
+
+    Ids: <unk> 0, <s> 1, </s> 2, "▁" (a lone space) 3, <pad> 4, then newline, tab, printable ASCII, words.
+    As in sentencepiece, a word carries its leading space ("▁cube"), so decoding gives the text back (but a
+    leading space). Digits are always one token each; printable ASCII never becomes <unk>.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    tokens = ["<unk>", "<s>", "</s>", "▁", "<pad>", "\n", "\t"] + [chr(c) for c in range(33, 127)]
+    tokens += ["▁" + w for w in TINY_WORDS] + ["Out"]      # it starts a line of the prompt, without a space
+    vocab = {}
+    for token in tokens:
+        vocab.setdefault(token, len(vocab))
+    tok = Tokenizer(models.WordPiece(vocab, unk_token="<unk>", continuing_subword_prefix="",
+                                     max_input_chars_per_word=1 << 20))
+    tok.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=True),
+        pre_tokenizers.Split(Regex(r"[^A-Za-z▁]"), "isolated")])
+    tok.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="first", split=True)
+    tok.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tok, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+                                   pad_token="<pad>", padding_side="right",
+                                   clean_up_tokenization_spaces=False)
+
+
+# ---- What a robot may send ---------------------------------------------------------------------------------
+
+def check_observation(sample, views, state_dim=0):
+    """A ValueError for whatever a user can get wrong about an observation.
+
+    views: the cameras that are looked at; state_dim: the length a state must have if one is there (0: any).
+    """
+    instruction, images = sample.get("instruction"), sample.get("images")
+    if not isinstance(instruction, str) or not instruction.strip():
+        raise ValueError(f"instruction={instruction!r}: say in words what the robot should do.")
+    if not isinstance(images, dict) or not images:
+        found = type(images).__name__ + (" without any" if isinstance(images, dict) else "")
+        raise ValueError(f"images: a dict {{view: uint8 array (h, w, 3)}} is expected, found {found}.")
+    missing = [view for view in views if view not in images]
+    if missing and not len(views) == len(images) == 1:         # one picture for one view needs no name
+        raise ValueError(f"images: the model looks at {list(views)}, found {sorted(images)}. "
+                         "Rename the pictures, or set views.")
+    for view, image in images.items():
+        found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        if not found.startswith("uint8 (") or image.ndim != 3 or image.shape[2] != 3 or min(image.shape) < 2:
+            raise ValueError(f"images[{view!r}]: a uint8 array (h, w, 3), RGB, is expected, found {found}.")
+    state = sample.get("state")
+    if state_dim and state is not None and np.shape(state) != (state_dim,):
+        raise ValueError(f"state: {state_dim} numbers are expected, as in the training data, found shape "
+                         f"{np.shape(state)}.")
+
+
+# ---- Action statistics and normalization ------------------------------------------------------------------
+
+class ActionStatistics:
+    """Statistics of a dataset's raw actions in one streaming pass: add() trajectories, then result().
+
+    The values themselves are kept (28 bytes per transition of 7 numbers): exact quantiles need them all.
+    """
+
+    def __init__(self):
+        self.actions, self.trajectories = [], 0
+
+    def add(self, actions, trajectories=1):
+        """actions: (N, A) of one trajectory (or of several, then say how many)."""
+        self.actions.append(np.asarray(actions, np.float32))
+        self.trajectories += trajectories
+
+    def result(self, mask=None):
+        """The dataset's entry of dataset_statistics.json. mask: (A,) True = normalized (default: all)."""
+        if not self.actions:
+            raise ValueError("the dataset holds no actions; statistics need at least one trajectory.")
+        x = np.concatenate(self.actions).astype(np.float64)                  # (N, A)
+        q01, q99 = np.quantile(x, [0.01, 0.99], axis=0)                      # linear between order statistics
+        values = {"mean": x.mean(0), "std": x.std(0), "min": x.min(0), "max": x.max(0), "q01": q01,
+                  "q99": q99}
+        mask = [True] * x.shape[1] if mask is None else [bool(m) for m in mask]
+        return {"action": {name: v.tolist() for name, v in values.items()} | {"mask": mask},
+                "num_transitions": len(x), "num_trajectories": self.trajectories}
+
+
+def pick_stats(stats, key=None):
+    """The action statistics of dataset `key`; the key may be left out when there is only one."""
+    if not stats:
+        raise ValueError("this model has no dataset statistics, so actions cannot be scaled to robot units. "
+                         "Put dataset_statistics.json beside the checkpoint.")
+    if key is None and len(stats) == 1:
+        key = next(iter(stats))
+    if key not in stats:
+        asked = "no unnorm_key was given" if key is None else f"unnorm_key={key!r}"
+        raise ValueError(f"{asked}: this checkpoint has statistics for {sorted(stats)}. "
+                         "Choose the dataset recorded on the robot you drive.")
+    return stats[key]["action"]
+
+
+def _bounds(stats, kind):
+    """(offset, width, mask) in float64 such that normalized -1 is offset and +1 is offset + width."""
+    if kind not in ("q99", "minmax", "meanstd"):
+        raise ValueError(f"normalization {kind!r} does not exist; choose q99, minmax or meanstd.")
+    low_name, high_name = {"q99": ("q01", "q99"), "minmax": ("min", "max"), "meanstd": ("mean", "std")}[kind]
+    low, high = np.asarray(stats[low_name], np.float64), np.asarray(stats[high_name], np.float64)
+    return low, high, np.asarray(stats.get("mask", np.ones(len(low), bool)), bool)
+
+
+def normalize(x, stats, kind="q99"):
+    """Raw actions (..., A) -> normalized, float32.
+
+    kind: "q99" or "minmax" map that range to [-1, 1] and clip; "meanstd" gives z-scores. Dims outside the
+    mask stay as they are; dims that never vary in the dataset (min == max) become 0, masked or not.
+    """
+    low, high, mask = _bounds(stats, kind)
+    x = np.asarray(x, np.float32)
+    if x.shape[-1] != len(low):
+        raise ValueError(f"actions have {x.shape[-1]} numbers, the statistics {len(low)}; are they another "
+                         "robot's?")
+    if kind == "meanstd":
+        y = (x - low) / (high + 1e-8)
+    else:
+        y = np.clip(2 * (x - low) / (high - low + 1e-8) - 1, -1, 1)   # 1e-8: constant dims do not divide by 0
+    y = np.where(mask, y, x)
+    constant = np.asarray(stats["min"]) == np.asarray(stats["max"])
+    return np.where(constant, 0, y).astype(np.float32)
+
+
+def unnormalize(a, stats, kind="q99"):
+    """Normalized actions (..., A) -> robot units, float64. The inverse of normalize, without its 1e-8."""
+    low, high, mask = _bounds(stats, kind)
+    a = np.asarray(a)
+    if a.shape[-1] != len(low):
+        raise ValueError(f"the model's actions have {a.shape[-1]} numbers, the statistics {len(low)}; "
+                         "choose statistics of the same robot.")
+    if kind == "meanstd":
+        y = a * high + low
+    else:
+        y = 0.5 * (a + 1) * (high - low) + low             # 0.5 (a + 1) in a's own type, the rest in float64
+    return np.where(mask, y, a.astype(np.float64))
+
+
+# ---- Quantizers -------------------------------------------------------------------------------------------
+
+class UniformBins:
+    """n equally spaced edges over [low, high]: a number becomes its interval's index, and back its center.
+
+    encode gives 1..n (n only at the upper edge); decode knows n - 1 centers: the error is half a bin at most.
+    (OpenVLA's and RoboVLMs' action tokenizers; they then count ids down from the end of the vocabulary.)
+    """
+
+    def __init__(self, n=256, low=-1.0, high=1.0):
+        self.edges = np.linspace(low, high, n)
+        self.centers = (self.edges[:-1] + self.edges[1:]) / 2
+
+    def encode(self, x):
+        return np.digitize(np.clip(x, self.edges[0], self.edges[-1]), self.edges)
+
+    def decode(self, bins):
+        return self.centers[np.clip(np.asarray(bins) - 1, 0, len(self.centers) - 1)]
+
+
+# ---- Chunk ensembling -------------------------------------------------------------------------------------
+
+def adaptive_weights(candidates, alpha=0.1):
+    """CogACT's: w_k ~ exp(alpha cos(candidate_k, newest)). candidates: (n, A), oldest first -> (n,)."""
+    newest = candidates[-1]
+    norms = np.linalg.norm(candidates, axis=1) * np.linalg.norm(newest)  # (n,)
+    cosine = candidates @ newest / (norms + 1e-7)                        # an all-zero action has no direction
+    weight = np.exp(alpha * cosine)
+    return weight / weight.sum()
+
+
+def exponential_weights(candidates, temperature=0.0):
+    """ACT's and SimplerEnv's: w_k ~ exp(-temperature k), k = 0 the oldest. candidates: (n, A) -> (n,)."""
+    weight = np.exp(-temperature * np.arange(len(candidates)))
+    return weight / weight.sum()
+
+
+class ChunkEnsemble:
+    """Average what the last `horizon` chunks (the newest counts) say about this very moment.
+
+    weights: a function of the candidates (n, A), oldest first. A chunk k steps old has its word in row k.
+    """
+
+    def __init__(self, horizon, weights):
+        self.weights, self.chunks = weights, deque(maxlen=horizon)
+
+    def reset(self):
+        self.chunks.clear()
+
+    def step(self, chunk):
+        """chunk: (T, A), or a single action (A,). Returns the action for now, (A,) float64."""
+        self.chunks.append(np.asarray(chunk, np.float64))
+        n = len(self.chunks)
+        candidates = np.stack([c if c.ndim == 1 else c[n - 1 - k] for k, c in enumerate(self.chunks)])
+        return self.weights(candidates) @ candidates           # (n,) @ (n, A)
+
+
+# ---- Files ------------------------------------------------------------------------------------------------
+
+def _flush(path):
+    """Force a file's (or a folder's) content to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _writing(path):
+    """Turn whatever the libraries raise when a disk is full or a folder is not one into one clear OSError."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as e:      # torch.save: a full disk is a RuntimeError
+        if type(e) is RuntimeError and not re.search("writ|iostream|inline_container", str(e)):
+            raise
+        reason = os.strerror(e.errno) if getattr(e, "errno", None) else str(e).splitlines()[0]
+        raise OSError(getattr(e, "errno", None) or errno.EIO, f"cannot write {path}: {reason}. "
+                      "Free some space, or choose another output folder.") from e
+
+
+def atomic_write(path, writer):
+    """Write a file that is either whole or absent: writer(temporary path), flush to the disk, rename."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with _writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            writer(part)
+            os.chmod(part, 0o644)                          # safetensors makes its files private
+            _flush(part)
+            os.replace(part, path)
+            _flush(path.parent)
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink()
+
+
+@contextlib.contextmanager
+def atomic_folder(path):
+    """`with atomic_folder(path) as part:` fill `part`; it appears at `path` when all of it is on the disk."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file, a folder is to be written there; choose another output path.")
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{path.name}.*.part"):          # of a run that was killed while saving
+            shutil.rmtree(left, ignore_errors=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            part.mkdir()
+            yield part
+            for file in [f for f in part.rglob("*") if f.is_file()] + [part]:
+                _flush(file)
+            if path.exists():                                          # replacing: the old one goes last
+                os.replace(path, part.with_suffix(".old.part"))
+            os.replace(part, path)
+            _flush(path.parent)
+        finally:
+            for left in (part, part.with_suffix(".old.part")):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def write_json(path, value):
+    atomic_write(path, lambda part: part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
+
+
+def read_json(path):
+    """Parse a JSON file; a missing or torn one is one clear ValueError."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ValueError(f"cannot read {path}: {str(e).splitlines()[0]}") from e
+
+
+def save_folder(folder, method, preset, config, tensors, stats=None, card="", origin=None):
+    """Write a checkpoint folder (layout: top of this file). config.json comes last: without it, it is none.
+
+    tensors: {official name: tensor}; stats: dataset_statistics.json; card: the text of README.md.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, a checkpoint is a folder; choose another output path.")
+    tensors = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
+    about = {"format": "pt", "method": method}
+    atomic_write(folder / "model.safetensors", lambda part: save_file(tensors, part, about))
+    write_json(folder / "dataset_statistics.json", stats or {})
+    atomic_write(folder / "README.md", lambda part: part.write_text(card, encoding="utf-8"))
+    write_json(folder / "config.json", {"method": method, "preset": preset, "config": config,
+                                        "origin": origin or {}, "version": VERSION})
+
+
+def load_config(folder, method=None):
+    """The config.json of a checkpoint folder; of another method or newer than this code: ValueError."""
+    config = read_json(Path(folder) / "config.json")
+    if not isinstance(config, dict) or not isinstance(config.get("config"), dict):
+        raise ValueError(f"{folder}/config.json is not the config of a checkpoint of this project.")
+    if method and config.get("method") != method:
+        raise ValueError(f"{folder} is a checkpoint of {config.get('method')!r}, {method!r} was asked for; "
+                         f"use --model {config.get('method')}.")
+    if config.get("version", 0) > VERSION:
+        raise ValueError(f"{folder} is of version {config['version']}, this code reads {VERSION}: update it.")
+    return {"preset": "custom", "origin": {}, **config}
+
+
+def method_of(path_or_id, model=None):
+    """The method of a checkpoint: what its config.json says, or `model` where it says nothing."""
+    path = resolve(path_or_id, ["config.json"])
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    found = config.get("method") if isinstance(config, dict) else None
+    if model and found and found != model:
+        raise ValueError(f"--model {model}: {path_or_id} is a checkpoint of {found!r}; leave --model out.")
+    if not (model or found):
+        raise ValueError(f"{path_or_id} does not say of which method it is (an official release?); "
+                         "add --model NAME.")
+    return model or found
+
+
+def load_weights(path):
+    """Tensors of a .safetensors or weights-only .pt file, memory-mapped. Nothing in the file is executed."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no weights file {path}.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, OSError, LookupError,
+            ValueError) as e:
+        reason = (str(e).splitlines() or [type(e).__name__])[0][:160]
+        raise ValueError(f"{path} ({path.stat().st_size:,} bytes) is torn, or no weights file: {reason}. "
+                         "Copy or download it again.") from e
+
+
+def check_fit(want, have, path):
+    """Strict loading with an error message of one line. want, have: {parameter name: tensor}."""
+    want, have = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (want, have))
+    missing, unknown = [n for n in want if n not in have], [n for n in have if n not in want]
+    other = [f"{n} {have[n]} instead of {want[n]}" for n in want if n in have and have[n] != want[n]]
+    if missing or unknown or other:
+        raise ValueError(f"{path} does not fit the model: " + "; ".join(
+            f"{len(names)} parameters {what}, e.g. {names[0]}" for names, what in
+            ((missing, "missing"), (unknown, "unknown"), (other, "of another shape")) if names) + ".")
+
+
+def resolve(path_or_id, patterns, option="--ckpt"):
+    """A local file or folder as it is; of a hub id "org/name", the files matching `patterns` are downloaded.
+
+    HF_TOKEN, HF_HOME and HF_HUB_OFFLINE work as always with huggingface_hub; its progress bar is shown.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_id)):
+        raise ValueError(f"{option} {path_or_id}: no such file or folder (nor a hub id, which is org/name).")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError,
+                                        RepositoryNotFoundError)
+    try:
+        return Path(snapshot_download(str(path_or_id), allow_patterns=list(patterns)))
+    except GatedRepoError as e:
+        reason = "it is gated: accept its licence on the hub and set HF_TOKEN"
+        raise ValueError(f"{option} {path_or_id}: {reason}, or give a local path.") from e
+    except RepositoryNotFoundError as e:
+        raise ValueError(f"{option} {path_or_id}: neither a local path nor a repository on the hub "
+                         "(a private one needs HF_TOKEN).") from e
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
+        raise ValueError(f"{option} {path_or_id}: not a local path, not in the hub's cache, and not to be "
+                         f"had now ({type(e).__name__}; offline?). Give a local path.") from e
+
+
+# ---- Command line -----------------------------------------------------------------------------------------
+
+def cli(main):
+    """Run a script's main(): what a user got wrong (ValueError, OSError) is one line and exit code 2.
+
+    PLAINVLA_TRACEBACK=1 shows the traceback.
+    """
+    try:
+        code = main()
+    except (ValueError, OSError) as e:
+        if os.environ.get("PLAINVLA_TRACEBACK"):
+            raise
+        text = e.strerror if isinstance(e, OSError) and e.strerror and not e.filename else str(e)
+        print("error: " + " ".join(text.split()), file=sys.stderr, flush=True)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    raise SystemExit(code or 0)

@@ -1,0 +1,613 @@
+"""
+Data: one sample format for every dataset and method, the tabletop dataset, and who reads which sample when.
+
+   simulator's expert -> shards in the cache -> dataset[i] -> sample -> method.prepare, .collate -> batch
+   my_file.py:make_dataset -------------------> dataset[i] --^
+
+THE SAMPLE: a dict, one per (episode, frame), of numpy arrays and strings; nothing normalized or resized.
+
+   images          {view: (h, w, 3) uint8}      RGB; views may differ in size
+   instruction     str                          the task in words; never empty
+   state           (S,) float32                 proprioception, robot units
+   actions         (T, A) float32               the commands from this frame on, robot units, gripper last
+   loss_mask       (T,) bool                    False beyond the episode's end
+   dataset         str                          whose statistics normalize the actions (the unnorm_key)
+ optional, for the methods that learn from them:
+   subtask         str                          what is being done now ("reach for the red cube")
+   waypoints       (5, 2) float32               (x, y) right and down, [0, 1] of the image: contact, path
+   embodiment      str                          which robot and control convention
+   history_images  {view: (n, h, w, 3) uint8}   earlier frames, oldest first
+
+An observation (what a policy sees) is the same dict with only images, instruction and state. Normalizing,
+resizing and augmenting is the work of a method's `prepare`. In the tabletop set, actions are the expert's
+labels at 5 Hz: dx dy dz [m], droll dpitch dyaw [rad], gripper [0 closed .. 1 open]; beyond the end, no
+motion and the last gripper.
+
+    python data.py --make                   # the default training set, into ~/.cache/plainvla
+    python data.py ~/.cache/plainvla/NAME   # what a set holds, and whether it is whole
+"""
+import argparse
+import contextlib
+import difflib
+import hashlib
+import importlib.util
+import inspect
+import json
+import os
+import signal
+import sys
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+import eval_sim
+from common import ActionStatistics, atomic_write, cli, hash64, rank_info, read_json, write_json
+
+NAME = "tabletop"                          # the unnorm_key of the embedded dataset
+EPISODES = {"train": 2000, "val": 64}      # default sizes (other splits: 64)
+SHARD_EPISODES = 16                        # what an interruption costs at most; more in sets above 8,192
+
+
+# ---- The format, checked ----------------------------------------------------------------------------------
+
+def check_sample(sample, where="sample", horizon=None, action_dim=None, state_dim=None, views=(),
+                 actions=True):
+    """Return `sample` if it has the format above, else raise one ValueError that names the field.
+
+    horizon, action_dim, state_dim: the T, A, S to insist on (None: any). views: names `images` must hold.
+    actions=False: an observation.
+    """
+    if not isinstance(sample, dict):
+        raise ValueError(f"{where}: wanted a dict (see the top of data.py), found {type(sample).__name__}.")
+    wanted = ["images", "instruction", "state"] + (["actions", "loss_mask", "dataset"] if actions else [])
+    for key in wanted:
+        if key not in sample:
+            raise ValueError(f"{where}: no {key!r}; it has {sorted(sample)}, wanted {wanted}.")
+    for key in ("images", "history_images"):
+        if key in sample and not (isinstance(sample[key], dict) and sample[key]):
+            raise ValueError(f"{where}: {key!r} must be a dict {{view: array}} with at least one view, "
+                             f"found {type(sample[key]).__name__} of length {np.size(sample[key])}.")
+        size = ("n",) * (key != "images") + ("h", "w", 3)
+        for view, image in sample.get(key, {}).items():
+            _check_array(f"{where}: {key}[{view!r}]", image, np.uint8, size)
+    for view in views:
+        if view not in sample["images"]:
+            raise ValueError(f"{where}: no view {view!r} in 'images', found {sorted(sample['images'])}. "
+                             "Rename it there, or choose the model's views (--set views=...).")
+    for key in ("instruction", "dataset", "subtask", "embodiment"):
+        if key in sample and not (isinstance(sample[key], str) and sample[key].strip()):
+            raise ValueError(f"{where}: {key!r} must be a string that is not empty, found {sample[key]!r}.")
+    _check_array(f"{where}: 'state'", sample["state"], np.float32, (state_dim or "S",))
+    if actions:
+        shape = (horizon or "T", action_dim or "A")
+        _check_array(f"{where}: 'actions'", sample["actions"], np.float32, shape)
+        _check_array(f"{where}: 'loss_mask'", sample["loss_mask"], np.bool_, (len(sample["actions"]),))
+    if "waypoints" in sample:
+        _check_array(f"{where}: 'waypoints'", sample["waypoints"], np.float32, (5, 2))
+    return sample
+
+
+def _check_array(what, x, dtype, shape):
+    """`shape`: a number is that size, a letter any size but 0."""
+    wanted = f"{np.dtype(dtype)} ({', '.join(map(str, shape))}{',' * (len(shape) == 1)})"
+    if not isinstance(x, np.ndarray):
+        raise ValueError(f"{what} must be a numpy array {wanted}, found {type(x).__name__}.")
+    fits = [n > 0 if isinstance(size, str) else n == size for n, size in zip(x.shape, shape)]
+    if x.dtype != dtype or x.ndim != len(shape) or not all(fits):
+        raise ValueError(f"{what} is {x.dtype} {x.shape}, wanted {wanted}.")
+    if x.dtype.kind == "f" and not np.isfinite(x).all():
+        at = np.argwhere(~np.isfinite(x))[0].tolist()
+        raise ValueError(f"{what} is {x[tuple(at)]} at {at}, wanted finite numbers. Repair this frame, or "
+                         "leave it out.")
+
+
+# ---- The tabletop dataset: made on first use --------------------------------------------------------------
+
+def tabletop(split="train", episodes=None, families=None, views=("third",), image_size=64, horizon=8,
+             cache=None, workers=None):
+    """The simulator's expert as a dataset (`Episodes`): generated on first use, with a bar, then only opened.
+
+    families: task families (None: the default ones). views: cameras, image_size x image_size pixels each.
+    cache: the folder that holds generated sets (None: $XDG_CACHE_HOME/plainvla, else ~/.cache/plainvla).
+    workers: processes that generate (None: one per usable core; 0: this one); no byte depends on them.
+    After an interruption, whole shards are kept. Raises ValueError for unknown names and for a torn shard.
+    """
+    families, views = tuple(families or eval_sim.DEFAULT_FAMILIES), tuple(views)
+    episodes = EPISODES.get(split, 64) if episodes is None else episodes
+    eval_sim.Tabletop(families, split, views)              # an unknown name is an error here, not in a worker
+    seeds = eval_sim.seeds(split, episodes)
+    if min(episodes, horizon, image_size) < 1:
+        raise ValueError(f"episodes={episodes}, horizon={horizon}, image_size={image_size}: at least 1 each.")
+    made_from = {"split": split, "episodes": episodes, "families": families, "views": views,
+                 "image_size": image_size, "simulator": eval_sim.VERSION}
+    base = Path(cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "plainvla").expanduser()
+    folder = base / "-".join([NAME, split, "+".join(families), "+".join(views), f"{image_size}px",
+                              f"{episodes}ep", f"v{eval_sim.VERSION}"])
+    if not _is_made(folder):
+        if base.exists() and not base.is_dir():
+            raise ValueError(f"the cache {base} is a file; give a folder (--cache DIR).")
+        folder.mkdir(parents=True, exist_ok=True)
+        with _one_at_a_time(folder / ".lock"):             # all ranks of a run come here; the first works
+            if not _is_made(folder):
+                _generate(folder, made_from, seeds, workers)
+    return Episodes(folder, horizon)
+
+
+def _is_made(folder):
+    path = folder / "manifest.json"
+    return path.exists() and all((folder / shard["file"]).exists() for shard in _manifest(folder)["shards"])
+
+
+@contextlib.contextmanager
+def _one_at_a_time(path):
+    try:
+        import fcntl
+    except ImportError:                # Windows: two processes would write the same bytes, atomically
+        yield
+        return
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _generate(folder, made_from, seeds, workers):
+    """Record the episodes of the missing shards in order; write each shard once full, then the manifest."""
+    for left in folder.glob(".*.part"):                    # of a run that was killed while writing
+        left.unlink(missing_ok=True)
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    size = max(SHARD_EPISODES, -(-len(seeds) // 512))
+    shards = {f"shard-{i // size:05d}.safetensors": seeds[i:i + size] for i in range(0, len(seeds), size)}
+    missing = {file: part for file, part in shards.items() if not _is_whole(folder / file)}
+    todo = [seed for part in missing.values() for seed in part]
+    settings = {key: made_from[key] for key in ("families", "split", "views", "image_size")}
+    recorded = _in_processes(partial(eval_sim.record_episode, **settings), todo, workers)
+    print(f"generating {len(todo)} episodes in {workers} processes into {folder}", file=sys.stderr)
+    with contextlib.closing(recorded), tqdm(total=len(seeds), initial=len(seeds) - len(todo), unit="episode",
+                                            desc=f"{NAME} {made_from['split']}") as bar:
+        for file, part in missing.items():
+            episodes = []
+            for _ in part:
+                episodes.append(next(recorded))
+                bar.update()
+            atomic_write(folder / file, partial(_write_shard, episodes))
+    _write_manifest(folder, shards, made_from)
+
+
+def _in_processes(function, jobs, workers):
+    """Yield function(job) in the order of `jobs`, computed by `workers` new processes of one thread each."""
+    if workers == 0 or not jobs:
+        yield from map(function, jobs)
+        return
+    # spawn, not fork: the caller may hold threads and a GPU. The price: its script needs a `__main__` guard.
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), _start_worker)
+    threads = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"                    # inherited by the workers, started inside `map`
+    results = pool.map(function, jobs)
+    os.environ.pop("OMP_NUM_THREADS") if threads is None else os.environ.update(OMP_NUM_THREADS=threads)
+    try:
+        yield from results
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)           # Ctrl-C is for the parent ...
+    def leave_with_parent():                               # ... and a parent that is killed takes them along
+        parent_process().join()
+        os._exit(1)
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+
+
+def _write_shard(episodes, path):
+    """Episodes -> one safetensors file: their frames in a row; facts per episode, as JSON, in its header."""
+    episodes = [e for e in episodes if e["success"]]       # a demonstration that fails is not one
+    if not episodes:
+        raise ValueError("the expert failed in every episode of a shard; these tasks cannot be recorded.")
+    def joined(values):
+        return np.concatenate(list(values))                                              # (frames, ...)
+    tensors = {key: joined(e[key] for e in episodes) for key in ("state", "actions", "executed", "waypoints")}
+    for view in episodes[0]["images"]:
+        tensors[f"images.{view}"] = joined(e["images"][view] for e in episodes)
+    sentences = sorted({s for e in episodes for s in e["subtasks"]})
+    tensors["subtask"] = np.array([sentences.index(s) for e in episodes for s in e["subtasks"]], np.int32)
+    facts = [{"seed": e["seed"], "family": e["family"], "instruction": e["instruction"],
+              "frames": len(e["actions"])} for e in episodes]
+    save_file(tensors, path, {NAME: json.dumps({"episodes": facts, "subtasks": sentences})})
+
+
+def _write_manifest(folder, files, made_from):
+    statistics, shards = ActionStatistics(), []
+    for file in files:
+        shard = Shard(folder / file)
+        actions = shard.read("actions")
+        statistics.add(actions, trajectories=len(shard.episodes))
+        shards.append({"file": file, "bytes": shard.path.stat().st_size, "sha256": _sha256(shard.path),
+                       "episodes": len(shard.episodes), "frames": len(actions)})
+    stats = statistics.result(mask=[True] * (actions.shape[1] - 1) + [False])            # not the gripper
+    write_json(folder / "manifest.json", {"made_from": made_from, "stats": {NAME: stats}, "shards": shards})
+
+
+# ---- The tabletop dataset: read from memory maps ----------------------------------------------------------
+
+class Shard:
+    """One file of a set, memory-mapped; only what is asked for is copied. ValueError when it is torn."""
+
+    def __init__(self, path):
+        try:
+            self.path, self.file = path, safe_open(path, "np")
+            facts = json.loads(self.file.metadata()[NAME])
+            self.episodes, self.subtasks = facts["episodes"], facts["subtasks"]
+        except FileNotFoundError:
+            raise ValueError(f"{path} is missing. Run again with the same settings to make it.") from None
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError) as e:
+            raise _torn(path, e) from None
+
+    def read(self, name, start=None, end=None):
+        """Frames start .. end-1 of one tensor: (frames, ...)."""
+        return self.file.get_slice(name)[start:end]
+
+
+def _torn(path, found):
+    return ValueError(f"{path} is torn or changed: {found}. Delete it and run again: only it is made again.")
+
+
+def _is_whole(path):
+    try:
+        return bool(Shard(path))
+    except ValueError:
+        return False
+
+
+def _sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _manifest(folder):
+    path = Path(folder) / "manifest.json"
+    if not path.exists():
+        raise ValueError(f"{folder} has no manifest.json: it is no finished set of `python data.py --make`.")
+    try:
+        manifest = read_json(path)
+        return {key: manifest[key] for key in ("made_from", "stats", "shards")}
+    except (ValueError, KeyError, TypeError) as e:
+        raise _torn(path, e) from None
+
+
+class Episodes(torch.utils.data.Dataset):
+    """A generated folder as a dataset: [i] is a frame's sample, `sample(episode, frame)` the same by name.
+
+    stats: {"tabletop": {"action": {...}, ...}}. starts (E + 1,): the first index of each episode. episodes: a
+    dict each: seed, family, instruction, frames, shard, start (its first frame in the shard).
+    """
+
+    def __init__(self, folder, horizon=8):
+        self.folder, self.horizon = Path(folder), horizon
+        manifest = _manifest(folder)
+        self.stats, self.made_from = manifest["stats"], manifest["made_from"]
+        self.files, self.shards, self.episodes = [], {}, []
+        for entry in manifest["shards"]:
+            path, start = self.folder / entry["file"], 0
+            if path.exists() and path.stat().st_size != entry["bytes"]:
+                raise _torn(path, f"{path.stat().st_size} bytes, the manifest says {entry['bytes']}")
+            for facts in Shard(path).episodes:
+                self.episodes.append({**facts, "shard": len(self.files), "start": start})
+                start += facts["frames"]
+            self.files.append(path)
+        self.starts = np.cumsum([0] + [e["frames"] for e in self.episodes])
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(f"frame {index} of {len(self)}")
+        episode = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.sample(episode, int(index - self.starts[episode]))
+
+    def __getstate__(self):
+        return {**self.__dict__, "shards": {}}             # a copy in another process opens its own files
+
+    def _shard(self, number):
+        if number not in self.shards:
+            self.shards[number] = Shard(self.files[number])
+        return self.shards[number]
+
+    def sample(self, episode, frame):
+        """The sample of one frame; its actions are the expert's labels from there on."""
+        e = self.episodes[episode]
+        shard, i, n = self._shard(e["shard"]), e["start"] + frame, min(self.horizon, e["frames"] - frame)
+        labels = shard.read("actions", i, i + n)                                         # (n, A), n <= T
+        bumped = (labels != shard.read("executed", i, i + n)).any(1)                     # (n,)
+        counts = np.zeros(self.horizon, bool)                      # what follows a bump answers to it, and nobody at
+        counts[:n] = np.cumsum(bumped) - bumped == 0               # this frame could have foreseen it: it does not count
+        actions = np.zeros((self.horizon, labels.shape[1]), np.float32)                  # (T, A)
+        actions[:n], actions[n:, -1] = labels, labels[-1, -1]      # the rest: no motion, the last gripper
+        views, subtask = self.made_from["views"], shard.read("subtask", i, i + 1)[0]
+        return {"images": {view: shard.read(f"images.{view}", i, i + 1)[0] for view in views},
+                "instruction": e["instruction"], "state": shard.read("state", i, i + 1)[0],
+                "actions": actions, "loss_mask": counts, "dataset": NAME,
+                "subtask": shard.subtasks[subtask], "waypoints": shard.read("waypoints", i, i + 1)[0],
+                "embodiment": "gripper"}
+
+    def recording(self, episode):
+        """A whole episode: its facts, and images.<view>, state, actions, executed, ... as (frames, ...)."""
+        e = self.episodes[episode]
+        shard, end = self._shard(e["shard"]), e["start"] + e["frames"]
+        return {**e, **{name: shard.read(name, e["start"], end) for name in shard.file.keys()}}
+
+
+# ---- --data: the tabletop, or a function of yours ---------------------------------------------------------
+
+def open_dataset(spec=NAME, split="train", horizon=8, views=("third",), image_size=64, action_dim=None,
+                 state_dim=None, **options):
+    """The dataset that `--data SPEC` names.
+
+    "tabletop", "tabletop:pick,put", "tabletop:all": the embedded set; `options` go to `tabletop`.
+    "my_file.py:make_dataset": your function, called with those of split, horizon, views and image_size that
+    it takes by name. It returns something with len() and [i], or an iterable (see `loader`); an attribute
+    `stats` of it replaces the statistics pass. Samples are checked as they are read, the first one at once. A
+    function that takes no `split` has no validation set: None is returned for any split but "train".
+    """
+    path, _, name = spec.rpartition(":")
+    if path.endswith(".py"):
+        offered = {"split": split, "horizon": horizon, "views": views, "image_size": image_size}
+        expect = {"horizon": horizon, "views": views, "action_dim": action_dim, "state_dim": state_dim}
+        return _user_dataset(path, name, offered, expect)
+    kind, _, families = spec.partition(":")
+    if kind == NAME:
+        chosen = options.pop("families", None)
+        chosen = eval_sim.FAMILIES if families == "all" else families.split(",") if families else chosen
+        return tabletop(split, families=chosen, views=views, image_size=image_size, horizon=horizon,
+                        **options)
+    found = "a folder" if Path(spec).is_dir() else "a file" if Path(spec).exists() else "nothing there"
+    raise ValueError(f"--data {spec}: found {found}. Give {NAME}, {NAME}:pick,put, {NAME}:all, or my_file.py:"
+                     "make_dataset (a function of yours that reads any format; README has one of 15 lines).")
+
+
+def _user_dataset(path, name, offered, expect):
+    if not Path(path).is_file():
+        raise ValueError(f"--data {path}:{name}: there is no file {path}.")
+    spec = importlib.util.spec_from_file_location(f"user_{Path(path).stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    sys.path.append(str(Path(path).resolve().parent))      # last: it finds its helpers, shadows none of ours
+    spec.loader.exec_module(module)
+    make = getattr(module, name, None)
+    if not callable(make):
+        near = difflib.get_close_matches(name, [n for n, value in vars(module).items() if callable(value)], 1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"{path} has no function {name!r}{hint}")
+    takes = inspect.signature(make).parameters
+    if offered["split"] != "train" and "split" not in takes:
+        return None
+    make = partial(make, **{key: value for key, value in offered.items() if key in takes})
+    data = make()
+    if _has_items(data):
+        dataset = Checked(data, f"{path}:{name}", expect)
+    elif hasattr(data, "__iter__"):
+        dataset = CheckedStream(make, f"{path}:{name}", expect, getattr(data, "stats", None))
+    else:
+        raise ValueError(f"{path}:{name} returned {type(data).__name__}; wanted len() and [i], or iter().")
+    if next(_each(dataset), None) is None:
+        raise ValueError(f"{path}:{name} returned an empty dataset.")
+    return dataset
+
+
+def _has_items(dataset):
+    """Can it be read in any order? (torch's IterableDataset inherits a [i] that only raises.)"""
+    return (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+            and not isinstance(dataset, torch.utils.data.IterableDataset))
+
+
+def _each(dataset):
+    return (dataset[i] for i in range(len(dataset))) if _has_items(dataset) else iter(dataset)
+
+
+class Checked(torch.utils.data.Dataset):
+    """A user's dataset with len() and [i], every sample checked as it is read."""
+
+    def __init__(self, data, where, expect):
+        self.data, self.where, self.expect, self.stats = data, where, expect, getattr(data, "stats", None)
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        return check_sample(self.data[index], f"{self.where}, sample {index}", **self.expect)
+
+
+class CheckedStream(torch.utils.data.IterableDataset):
+    """A user's iterable, made anew for every pass (a generator is read only once), each sample checked."""
+
+    def __init__(self, make, where, expect, stats=None):
+        self.make, self.where, self.expect, self.stats = make, where, expect, stats
+
+    def __iter__(self):
+        for index, sample in enumerate(self.make()):
+            yield check_sample(sample, f"{self.where}, sample {index}", **self.expect)
+
+
+def dataset_statistics(dataset):
+    """{dataset name: {"action": {mean, std, min, max, q01, q99, mask}, ...}}: `dataset.stats`, or one pass.
+
+    The pass counts each action whose loss_mask is True, in every sample that holds it, and takes the last
+    dimension for the gripper (mask False: not normalized). Where that is wrong, give the dataset `stats`.
+    """
+    if getattr(dataset, "stats", None):
+        return dataset.stats
+    found, total = {}, len(dataset) if _has_items(dataset) else None
+    bar = tqdm(_each(dataset), "action statistics", total, unit="sample", disable=rank_info()[0] > 0)
+    for sample in bar:
+        statistics = found.setdefault(sample["dataset"], ActionStatistics())
+        statistics.add(sample["actions"][sample["loss_mask"]], trajectories=0)           # (<= T, A)
+    mask = [True] * (sample["actions"].shape[1] - 1) + [False]
+    return {name: {**statistics.result(mask), "num_trajectories": None} for name, statistics in found.items()}
+
+
+# ---- Which sample when: a function of (seed, epoch, index) and nothing else -------------------------------
+
+def shuffled(index, n, seed, epoch):
+    """Which of n samples stands at position `index` of this epoch's random order.
+
+    The order is a permutation that is never stored, so any position costs the same and a resume has nothing
+    to replay: four Feistel rounds permute the numbers below the next power of 4; from n on, once more.
+    """
+    half = max(1, ((n - 1).bit_length() + 1) // 2)                     # bits
+    low = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & low
+        for turn in range(4):
+            left, right = right, left ^ (hash64(seed, epoch, turn, right) & low)
+        index = left << half | right
+        if index < n:
+            return index
+
+
+class Sampler:
+    """Endless batches of (dataset index, key) for one rank; `sampler[step]` is any one of them.
+
+    Positions 0, 1, 2, ... run through epoch after epoch, each in its own order. Step k takes the
+    G = batch * world positions from k G on, and rank r the r-th part of them: the same samples whatever the
+    number of processes. An epoch's last batch is filled from the next. key: an int64 for the random draws of
+    this sample in this epoch.
+    """
+
+    def __init__(self, n, batch, rank=0, world=1, seed=0, start_step=0, shuffle=True):
+        if n < 1 or batch < 1:
+            raise ValueError(f"batch={batch} of {n} samples: both must be at least 1.")
+        self.n, self.batch, self.rank, self.world = n, batch, rank, world
+        self.seed, self.start_step, self.shuffle = seed, start_step, shuffle
+
+    def __getitem__(self, step):
+        first, drawn = (step * self.world + self.rank) * self.batch, []
+        for position in range(first, first + self.batch):
+            epoch, index = divmod(position, self.n)
+            key = hash64(self.seed, epoch, index)
+            drawn.append((shuffled(index, self.n, self.seed, epoch) if self.shuffle else index, key))
+        return drawn
+
+    def __iter__(self):
+        step = self.start_step
+        while True:
+            yield self[step]
+            step += 1
+
+
+def loader(dataset, prepare, collate, batch, rank=0, world=1, seed=0, start_step=0, workers=0, shuffle=True,
+           pin=False):
+    """Yield collate([prepare(sample, key=key), ...]) for ever: `batch` samples per process and step.
+
+    start_step: batches the run has had; what follows is what an uninterrupted run would see. workers:
+    processes that read ahead (0: read here). pin: page-locked memory, for CUDA.
+    An iterable is read in its own order, here, again and again: every process reads all of it and keeps its
+    share, and a resume reads past what was had. For shuffling, workers and speed, give it len() and [i].
+    """
+    if not _has_items(dataset):
+        yield from _stream(dataset, prepare, collate, batch, rank, world, seed, start_step)
+        return
+    if workers:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")       # else it warns when workers are forked
+    sampler = Sampler(len(dataset), batch, rank, world, seed, start_step, shuffle)
+    batches = torch.utils.data.DataLoader(
+        _Batches(dataset, prepare, collate), batch_size=None, sampler=sampler, collate_fn=_unchanged,
+        num_workers=workers, prefetch_factor=4 if workers else None, pin_memory=pin,
+        generator=torch.Generator())                                   # its own: torch's stays as it was
+    for item in batches:
+        if isinstance(item, ValueError):
+            raise item
+        yield item
+
+
+class _Batches(torch.utils.data.Dataset):
+    """[[(index, key), ...]] -> a batch, made in a worker. A ValueError is returned: its one line survives."""
+
+    def __init__(self, dataset, prepare, collate):
+        self.dataset, self.prepare, self.collate = dataset, prepare, collate
+
+    def __getitem__(self, drawn):
+        try:
+            return self.collate([self.prepare(self.dataset[index], key=key) for index, key in drawn])
+        except ValueError as error:
+            return error
+
+
+def _unchanged(batch):
+    return batch
+
+
+def _stream(dataset, prepare, collate, batch, rank, world, seed, start_step):
+    position, mine = 0, []
+    while True:
+        before = position
+        for sample in dataset:
+            step, part = divmod(position // batch, world)
+            if part == rank and step >= start_step:
+                mine.append(prepare(sample, key=hash64(seed, 0, position)))
+            position += 1
+            if len(mine) == batch:
+                yield collate(mine)
+                mine = []
+        if position == before:
+            raise ValueError("the dataset's iterator gave nothing (again): it must start anew each time.")
+
+
+# ---- Command line -----------------------------------------------------------------------------------------
+
+def describe(folder):
+    """Print what a set holds, after comparing every shard with its checksum."""
+    data = Episodes(folder)
+    for entry in _manifest(folder)["shards"]:
+        if _sha256(data.folder / entry["file"]) != entry["sha256"]:
+            raise _torn(data.folder / entry["file"], "its checksum is not the manifest's")
+    frames, families = np.diff(data.starts), [e["family"] for e in data.episodes]
+    size = sum(path.stat().st_size for path in data.files) / 1e6
+    print(f"{len(data.episodes)} episodes, {len(data)} frames, {size:.0f} MB, {len(data.files)} whole shards")
+    print("made from    " + ", ".join(f"{key}={value}" for key, value in data.made_from.items()))
+    print("episodes     " + ", ".join(f"{name} {families.count(name)}" for name in sorted(set(families)))
+          + f"; of {frames.min()} to {frames.max()} frames, median {np.median(frames):.0f}")
+    print("instructions " + "; ".join(e["instruction"] for e in data.episodes[:4]))
+    for key, value in data[0].items():
+        shown = {view: image.shape for view, image in value.items()} if key == "images" else repr(value)
+        print(f"sample       {key}: {value.shape if isinstance(value, np.ndarray) else shown}")
+    for key in ("q01", "q99", "mean", "std"):
+        print(f"action {key:5} " + " ".join(f"{x:8.4f}" for x in data.stats[NAME]["action"][key]))
+
+
+def main():
+    known = ",".join(eval_sim.FAMILIES)
+    parser = argparse.ArgumentParser(description="Make the tabletop dataset, or describe one that is there.")
+    parser.add_argument("folder", nargs="?", help="describe this set, and compare it with its checksums")
+    parser.add_argument("--make", action="store_true", help="generate a set, or finish an interrupted one")
+    parser.add_argument("--split", default="train", help=f"one of {', '.join(eval_sim.SPLITS)}")
+    parser.add_argument("--episodes", type=int, help=f"how many (default {EPISODES})")
+    parser.add_argument("--families", default="", help=f"all, or some of {known} (default: the first three)")
+    parser.add_argument("--views", default="third", help=f"cameras, some of {','.join(eval_sim.VIEWS)}")
+    parser.add_argument("--image-size", type=int, default=64, help="pixels per side")
+    parser.add_argument("--cache", help="folder that holds generated sets (default: ~/.cache/plainvla)")
+    parser.add_argument("--workers", type=int, help="processes that generate (default: one per core)")
+    args = parser.parse_args()
+    if args.make == bool(args.folder):
+        raise ValueError("give either --make or the folder of a set (python data.py --help).")
+    if args.make:
+        data = open_dataset(f"{NAME}:{args.families}", args.split, views=args.views.split(","),
+                            image_size=args.image_size, episodes=args.episodes, cache=args.cache,
+                            workers=args.workers)
+        args.folder = data.folder
+        print(data.folder)
+    describe(args.folder)
+
+
+if __name__ == "__main__":
+    cli(main)

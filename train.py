@@ -1,0 +1,856 @@
+"""
+Train any method of this folder: one process on a CPU or many on GPUs, by the same flat loop.
+
+    python train.py --model cogact                                   # tiny, tabletop, CPU: train, evaluate, film
+    python train.py --model cogact --preset base --data my_file.py:make_dataset --init FOLDER --dry-run
+    torchrun --standalone --nproc_per_node=8 train.py --model cogact --preset base --data ... --shard
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py ...
+    python train.py --model cogact --out runs/cogact-tiny --resume   # go on after a kill; the flags are remembered
+
+The recipe (lr, schedule, batch, steps, EMA ...) is the preset's; `--set name=value` changes any field of the
+method's Config. The method is MODEL.py, the samples and their order data.py. Here: run() at the end, one loop of
+five titled paragraphs; above it the flags and the functions that it calls.
+
+OUT/step-000400/   a checkpoint folder (see common.py); with EMA its weights are the average
+    training_state/run.json            the flags and the step
+    training_state/state.safetensors   exp_avg/NAME, exp_avg_sq/NAME, step/NAME of the optimizer; rng/RANK;
+                                       weights/NAME where model.safetensors holds something else (EMA, LoRA)
+OUT/last           link to the newest checkpoint
+OUT/metrics.jsonl  a line per status line, the same numbers
+"""
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import functools
+import importlib
+import importlib.util
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import textwrap
+import time
+from ast import literal_eval
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import common
+import data
+
+HERE = Path(__file__).resolve().parent
+METHODS = sorted(p.stem for p in HERE.glob("*.py") if "\nPRESETS = " in p.read_text(encoding="utf-8"))
+NEVER = 2**62                                                  # "no step": larger than any
+
+
+# ---- Flags ------------------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):                                  # one line, not the whole usage
+        raise ValueError(f"{message} (python train.py --help lists the flags)")
+
+
+def flags():
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = p.add_argument_group("what").add_argument
+    add("--model", help=f"the method, a file of this folder: {', '.join(METHODS)}")
+    add("--preset", default="tiny", help="a key of the method's PRESETS")
+    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="override Config fields")
+    add("--init", help="weights to start from: folder, file, hub id, or none (default: the preset's)")
+    add("--tokenizer", help="tokenizer folder or hub id (default: the preset's)")
+    add("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
+    add("--dry-run", action="store_true", help="one real batch: prompt, shapes, loss, memory estimate; no more")
+
+    add = p.add_argument_group("data").add_argument
+    add("--data", help="tabletop, tabletop:all, my_file.py:make_dataset (default: the preset's)")
+    add("--data-episodes", type=int, help="tabletop episodes to train on (default: data.py's)")
+    add("--cache", help="folder for generated data (default ~/.cache/plainvla)")
+    add("--workers", type=int, help="loader processes per rank (default: 0 on a CPU, else up to 8)")
+    add("--val-every", type=int, default=500, help="steps between validations; 0: never")
+    add("--val-samples", type=int, default=256, help="held-out samples per validation, over all processes")
+
+    add = p.add_argument_group("optimization").add_argument
+    add("--steps", type=int, help="optimizer steps (default: the preset's)")
+    add("--batch", type=int, help="samples per process and forward pass (default: the preset's)")
+    add("--global-batch", type=int, help="samples per step; gradients are accumulated to reach it")
+    add("--ema", type=float, help="decay of an averaged copy of the weights; 0: none (default: the preset's)")
+    add("--seed", type=int, help="of first weights, order and draws (default: the preset's)")
+    add("--device", default="auto", help="auto, cpu, cuda, mps ...")
+    add("--dtype", choices=("auto", "bf16", "fp32"), default="auto",
+        help="of the arithmetic, weights stay fp32; auto: bf16 on CUDA, else fp32")
+    add("--attn", choices=common.ATTENTION, default="auto", help="attention kernel")
+    add("--shard", action="store_true", help="FSDP2: split weights, gradients, optimizer over the processes")
+    add("--checkpointing", action="store_true", help="recompute each block in the backward pass; saves memory")
+    add("--lora", type=int, default=0, metavar="R", help="train rank-R adapters of the language model in place "
+        "of its weights; the rest trains as usual; saved merged")
+    add("--compile", action="store_true", help="torch.compile, block by block")
+
+    add = p.add_argument_group("output").add_argument
+    add("--out", type=Path, help="folder of the run (default: runs/MODEL-PRESET)")
+    add("--overwrite", action="store_true", help="replace the run that is in --out")
+    add("--save-every", type=int, default=500, help="steps between checkpoints; 0: only the last")
+    add("--keep", type=int, default=2, help="how many of the newest checkpoints stay; 0: all")
+    add("--log-every", type=int, default=20, help="steps between status lines")
+    add("--eval-episodes", type=int, help="closed-loop episodes at the end (default: 200 with tabletop data)")
+    add("--tensorboard", action="store_true", help="write TensorBoard events into --out")
+    add("--wandb", metavar="PROJECT", help="log to this Weights & Biases project")
+    return p
+
+
+def parse(argv):
+    """Flags -> (args, the method's module, its Config, the checkpoint to resume from or None)."""
+    p, found = flags(), None
+    args = p.parse_args(argv)
+    if not args.model:
+        raise ValueError(f"--model is missing: choose one of {', '.join(METHODS)}.")
+    choose("--model", args.model, METHODS)
+    args.out = args.out or Path("runs") / f"{args.model}-{args.preset}"
+    if args.resume:
+        found = newest(args.out)
+        kept = found / "training_state" / "run.json" if found else args.out / "run.json"
+        if kept.is_file():                                     # flags given now override those of the run
+            p.set_defaults(**common.read_json(kept)["args"])
+            args = p.parse_args(argv, argparse.Namespace(out=args.out))
+    args.set = list({item.partition("=")[0]: item for item in args.set}.values())      # the last word on each
+    module = importlib.import_module(args.model)
+    cfg = configure(module, args)
+    args.data = args.data or cfg.data
+    if not args.data:
+        raise ValueError(f"--data is missing: {args.model} {args.preset} has no default data set.")
+    tabletop = args.data.partition(":")[0] == data.NAME
+    for name in ("eval_episodes", "cache", "data_episodes"):
+        if getattr(args, name) and not tabletop:
+            raise ValueError(f"--{name.replace('_', '-')} is for the tabletop; the data is {args.data}.")
+    args.eval_episodes = 200 * tabletop if args.eval_episodes is None else args.eval_episodes
+    for name in ("log_every", "val_samples", "save_every", "val_every", "keep", "lora", "eval_episodes"):
+        low = int(name in ("log_every", "val_samples"))
+        if getattr(args, name) < low:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least {low}.")
+    if args.lora and cfg.ema:
+        raise ValueError("--lora and --ema cannot be combined: no average of adapters is kept. Use --ema 0.")
+    return args, module, cfg, found
+
+
+def choose(option, name, known):
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        raise ValueError(f"{option} {name}: " + (f"did you mean {near[0]!r}? " if near else "") +
+                         f"There are {', '.join(known)}.")
+
+
+def configure(module, args):
+    """The preset's Config with --set, --steps, --batch ... applied."""
+    choose("--preset", args.preset, list(module.PRESETS))
+    cfg, changes = module.PRESETS[args.preset], {}
+    known = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
+    for item in args.set:
+        name, equals, text = item.partition("=")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; its fields are at the top of {args.model}.py."
+            raise ValueError(f"{args.model}.Config has no field {name!r}{hint}")
+        if not equals:
+            raise ValueError(f"--set {item}: {name}=VALUE is wanted (it is {known[name]!r} now).")
+        changes[name] = value_like(f"--set {item}", text, known[name])
+    for name in ("steps", "batch", "ema", "seed", "tokenizer"):
+        if getattr(args, name) is not None:
+            changes[name] = getattr(args, name)
+    if args.dtype != "auto" and "compute" in known:            # the method's own autocast follows
+        changes["compute"] = args.dtype
+    cfg = dataclasses.replace(cfg, **changes)
+    if cfg.steps < 1 or cfg.batch < 1 or not 0 <= cfg.ema < 1:
+        raise ValueError(f"steps={cfg.steps}, batch={cfg.batch}, ema={cfg.ema}: steps and batch are at least 1, "
+                         "0 <= ema < 1.")
+    return cfg
+
+
+def value_like(where, text, old):
+    """Parse `text` as the type of `old`: numbers, true/false, strings as they are, tuples as a,b,c."""
+    if isinstance(old, str):
+        return text
+    if isinstance(old, tuple):
+        parts = [part.strip() for part in text.strip("()[]").split(",") if part.strip()]
+        return tuple(value_like(where, part, old[0] if old else "") for part in parts)
+    value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    with contextlib.suppress(ValueError, SyntaxError):
+        value = literal_eval(text) if value is text else value
+    if isinstance(old, int) and isinstance(value, float) and value.is_integer():
+        value = int(value)                                     # steps=1e4
+    if isinstance(old, float) and type(value) is int:
+        value = float(value)
+    if old is not None and type(value) is not type(old):
+        raise ValueError(f"{where}: a value of type {type(old).__name__} is wanted, like {old!r}.")
+    return value
+
+
+def newest(out):
+    """The newest checkpoint of a run, None before its first. What is called step-* is whole (see write)."""
+    if not out.is_dir():
+        raise ValueError(f"--resume: there is no run in {out}. Leave --resume away to start one.")
+    return max(out.glob("step-*"), key=lambda path: int(path.name[5:]), default=None)
+
+
+# ---- The model, and what is wrapped around it -------------------------------------------------------------
+
+class Step(nn.Module):
+    """DDP and FSDP only watch `forward`: calling model.loss past them would train each process alone."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch):
+        return self.model.loss(batch)
+
+    def act(self, observations, unnorm_key):
+        return self.model.act(observations, unnorm_key)
+
+
+def build(module, cfg, args, tokenizer, stats, attn, found):
+    """The model with its first weights: --init, the checkpoint `found`, or from scratch. CPU, float32."""
+    init = args.init or (getattr(cfg, "init", "") and str(HERE / cfg.init)) or "none"
+    if (found and not args.lora) or init == "none" or init.endswith(".safetensors"):
+        model = module.Model(cfg, tokenizer, stats, attn)
+        model.fresh = ["everything"]
+    else:
+        values = {k: v for k, v in dataclasses.asdict(cfg).items() if k != "tokenizer"}
+        model = module.from_pretrained(init, tokenizer=tokenizer, attn=attn, **values).float()   # master weights
+        model.cfg, model.stats = cfg, stats
+    if found and not args.lora:                                # LoRA starts again from the base weights: restore()
+        load_part(model, found / "model.safetensors", "--resume")
+    elif init.endswith(".safetensors"):
+        load_part(model, Path(init), "--init")
+        model.origin = {"started from": Path(init).name}
+    model.preset = args.preset
+    if args.lora:
+        add_lora(model, args.lora)
+    return model
+
+
+@torch.no_grad()
+def load_part(model, path, option):
+    """Copy a file's tensors into the model: each must fit; what the file does not hold is listed as fresh."""
+    part, own = common.load_weights(path), model.state_dict()
+    for name, value in part.items():
+        if name not in own or own[name].shape != value.shape:
+            has = f"has {tuple(own[name].shape)}" if name in own else "has no such weight"
+            raise ValueError(f"{option} {path}: {name} {tuple(value.shape)} does not fit, this model {has}. Use "
+                             "weights made for this preset, or --init none.")
+        own[name].copy_(value)
+    begun = {name.split(".")[0] for name in part}              # modules of which nothing came: by one name
+    model.fresh = list({name if name.split(".")[0] in begun else name.split(".")[0]: None
+                        for name in own if name not in part})
+
+
+def add_lora(model, rank):
+    """Adapters on every linear layer that trains in what comes from transformers, whose own weights freeze."""
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError("--lora needs peft: pip install peft.")
+    from peft import LoraConfig, inject_adapter_in_model
+    from transformers import PreTrainedModel
+    backbone = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    if backbone is None:
+        raise ValueError("--lora: this method holds no model of transformers.")
+    linear = [n for n, m in backbone.named_modules() if isinstance(m, nn.Linear) and m.weight.requires_grad]
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear), backbone)
+
+
+def merge_lora(state):
+    """Weights under their official names, adapters added in: W + 2 B A (2 = lora_alpha / r)."""
+    merged = {}
+    for name, value in state.items():
+        if ".base_layer." in name:
+            stem, leaf = name.split(".base_layer.")
+            if leaf == "weight":
+                A, B = (state[f"{stem}.lora_{x}.default.weight"] for x in "AB")
+                value = value + 2 * B @ A
+            name = f"{stem}.{leaf}"
+        if ".lora_" not in name:
+            merged[name] = value
+    return merged
+
+
+def wrap(model, args, device, dtype, world):
+    """Checkpointing and compile per block, then DDP or FSDP2. Returns the module whose forward is the loss."""
+    for block in model.blocks():                               # their forward alone: FSDP's hooks stay outside
+        if args.checkpointing:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if args.compile:
+            block.forward = torch.compile(block.forward)
+    if not args.shard:
+        step = Step(model.to(device))
+        return nn.parallel.DistributedDataParallel(step) if world > 1 else step
+    # Blocks are gathered and computed in bf16 and hand on float32, as autocast has it without FSDP. What is not
+    # in a block is small and stays float32, so act() with its float32 action head runs on the sharded model.
+    low = (torch.bfloat16, torch.float32, torch.float32) if dtype == torch.bfloat16 else ()
+    mesh = dist.init_device_mesh(device.type, (world,))
+    for block in model.blocks():
+        fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(*low))    # param, reduce, output dtype
+    step = fully_shard(Step(model), mesh=mesh)
+    register_fsdp_forward_method(step, "act")
+    return step
+
+
+def local(tensor):
+    """This process' part of a parameter, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like(parameter, whole):
+    """A whole CPU tensor, placed and split as `parameter` is."""
+    whole = whole.to(parameter.device)
+    if not isinstance(parameter, DTensor):
+        return whole
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def gather(tensors, keep):
+    """{name: whole copy on the CPU} where `keep`, else {}. Collective: all processes, the same names."""
+    whole = {}
+    for name, t in tensors.items():
+        t = t.full_tensor() if isinstance(t, DTensor) else t
+        if keep:
+            whole[name] = t.detach().to("cpu", copy=True).contiguous()
+    return whole
+
+
+@torch.no_grad()
+def swap(params, average):
+    """Exchange weights and their average in place: bit-exact, its own inverse. Without an average: nothing."""
+    for w, a in zip(map(local, params.values()), average):
+        kept = w.clone()
+        w.copy_(a)
+        a.copy_(kept)
+
+
+def lr_factor(cfg, step):
+    """What the learning rate is multiplied by: linear warm-up, then constant, or half a cosine down to 0."""
+    warm = min(1.0, (step + 1) / max(1, cfg.warmup))
+    if cfg.lr_schedule == "constant":
+        return warm
+    return warm * 0.5 * (1 + math.cos(math.pi * max(0, step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)))
+
+
+# ---- Data -------------------------------------------------------------------------------------------------
+
+def open_data(args, cfg):
+    """(training set, validation set or None) that --data names."""
+    wanted = {"horizon": cfg.horizon, "views": cfg.views, "image_size": cfg.image_size,
+              "action_dim": cfg.action_dim, "state_dim": getattr(cfg, "state_dim", 0) or None}
+    where = {"cache": args.cache} if args.cache else {}
+    episodes = {"episodes": args.data_episodes} if args.data_episodes else {}
+    return (data.open_dataset(args.data, "train", **wanted, **where, **episodes),
+            data.open_dataset(args.data, "val", **wanted, **where) if args.val_every else None)
+
+
+def with_name(prepare, sample, key):
+    return sample["dataset"], prepare(sample, key=key)
+
+
+def name_apart(collate, items):
+    """[(dataset name, prepared sample)] -> (names in this batch, batch)."""
+    return sorted({name for name, _ in items}), collate([prepared for _, prepared in items])
+
+
+def to_device(batch, device):
+    """All but the keys, which the method reads on the CPU to seed its draws."""
+    return {name: x if name == "key" else x.to(device, non_blocking=True) for name, x in batch.items()}
+
+
+def held_out(dataset, n, batch, prepare, collate, rank, world):
+    """[(dataset name, samples, batch)]: this rank's share of n samples spread over the set; as many on each."""
+    if dataset is None:
+        return []
+    if hasattr(dataset, "__len__"):
+        n = min(n, len(dataset))
+        samples = [dataset[i * len(dataset) // n] for i in range(n)]
+    else:
+        samples = list(islice(dataset, n))
+    batches = []
+    for name in sorted({s["dataset"] for s in samples}):       # act() takes one dataset's statistics at a time
+        same = [(key, s) for key, s in enumerate(samples) if s["dataset"] == name]
+        same = (same * world)[rank::world][:max(1, len(same) // world)]
+        for part in (same[i:i + batch] for i in range(0, len(same), batch)):
+            batches.append((name, [s for _, s in part], collate([prepare(s, key=key) for key, s in part])))
+    return batches
+
+
+@torch.no_grad()
+def validate(wrapped, batches, device, precision):
+    """Loss, and the mean |predicted - recorded| of each action dim in robot units (open loop); over all ranks."""
+    step = wrapped.module if isinstance(wrapped, nn.parallel.DistributedDataParallel) else wrapped
+    loss_sum, seen, error, entries = 0.0, 0, 0.0, 0
+    wrapped.eval()
+    with torch.random.fork_rng(devices=[]):                    # the run's own draws stay as they are
+        torch.manual_seed(0)
+        for name, samples, batch in batches:
+            with precision():
+                loss_sum += step(to_device(batch, device))[0].item() * len(samples)
+            chunks = torch.as_tensor(step.act(samples, name)[0])                               # (B, T, A)
+            target = torch.stack([torch.from_numpy(s["actions"]) for s in samples])            # (B, T, A)
+            mask = torch.stack([torch.from_numpy(s["loss_mask"]) for s in samples])[..., None]  # (B, T, 1)
+            error = error + ((chunks - target).abs() * mask).sum((0, 1)).double()              # (A,)
+            seen, entries = seen + len(samples), entries + mask.sum().item()
+    wrapped.train()
+    total = torch.cat([torch.tensor([loss_sum, seen, entries], dtype=torch.float64), error])
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return {"val_loss": (total[0] / total[1]).item(), "val_action_error": (total[3:] / total[2]).tolist()}
+
+
+# ---- Checkpoints ------------------------------------------------------------------------------------------
+
+def claim(args, about):
+    """Check that --out can hold this run, before any work is done. Replaces nothing."""
+    out = args.out
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; a run needs a folder.")
+    used = out.is_dir() and any(p.name[0] != "." and p.name != "run.json" for p in out.iterdir())
+    if used and not (args.resume or args.overwrite):
+        raise ValueError(f"--out {out} is not empty. Continue that run with --resume, replace it with "
+                         "--overwrite, or choose another --out.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        common.write_json(out / (".probe.part" if used else "run.json"), about)
+    except OSError as e:
+        raise ValueError(f"--out {out} cannot be used: {e.strerror}.") from e
+
+
+def clean(args, step, about):
+    """Remove what a killed run left half-written and log lines after `step`; --overwrite: the old run, too."""
+    out, log = args.out, args.out / "metrics.jsonl"
+    for path in [*out.glob(".*.part"), *(out.glob("step-*") if args.overwrite else ())]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for name in ("last", "metrics.jsonl") if args.overwrite else ():
+        (out / name).unlink(missing_ok=True)
+    common.write_json(out / "run.json", about)
+    kept = []
+    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
+        with contextlib.suppress(ValueError):                  # a line that the kill cut in two
+            kept += [line + "\n"] if json.loads(line)["step"] <= step else []
+    if log.is_file():
+        common.atomic_write(log, lambda part: part.write_text("".join(kept), encoding="utf-8"))
+
+
+def check_same_run(found, args, cfg):
+    """Only a run with the same Config, data and global batch can go on; fewer or more steps are fine."""
+    names = ("global_batch", "data", "lora")
+    then = common.read_json(found / "training_state" / "run.json")["args"]
+    saved = common.load_config(found, args.model)["config"] | {name: then[name] for name in names}
+    now = json.loads(json.dumps(dataclasses.asdict(cfg))) | {name: getattr(args, name) for name in names}
+    other = [f"{name}: {saved[name]!r} there, {now[name]!r} now" for name in now
+             if name not in ("steps", "batch") and name in saved and saved[name] != now[name]]
+    if other:
+        raise ValueError(f"--resume {found}: that run was another one ({'; '.join(other)}). Leave these flags "
+                         "away, or start a new run with --init.")
+
+
+@torch.no_grad()
+def restore(found, optimizer, params, device, rank):
+    """Put back the optimizer, the draws, and weights of which model.safetensors holds something else."""
+    state = common.load_weights(found / "training_state" / "state.safetensors")
+    for name, p in params.items():
+        for kind in ("step", "exp_avg", "exp_avg_sq"):         # a parameter that never had a gradient has none
+            if f"{kind}/{name}" in state:
+                value = state[f"{kind}/{name}"]
+                optimizer.state[p][kind] = value.to(p.device) if kind == "step" else like(p, value)
+        if f"weights/{name}" in state:
+            p.copy_(like(p, state[f"weights/{name}"]))
+    if f"rng/{rank}" in state:                                 # else there are more processes than before
+        torch.set_rng_state(state[f"rng/{rank}"])
+    if f"device_rng/{rank}" in state and device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(state[f"device_rng/{rank}"])
+    return int(found.name[5:])
+
+
+def save(args, step, model, optimizer, params, average, device, about, rank, world):
+    """Write OUT/step-NNNNNN, move OUT/last to it. Collective; a failed write ends all, the old files intact."""
+    state = {f"{kind}/{name}": x for name, p in params.items() for kind, x in optimizer.state.get(p, {}).items()}
+    if average or args.lora:
+        state |= {f"weights/{name}": p for name, p in params.items()}
+    state = gather(state, keep=rank == 0)
+    draws = {f"rng/{rank}": torch.get_rng_state()}
+    if device.type != "cpu":
+        draws[f"device_rng/{rank}"] = torch.get_device_module(device).get_rng_state()
+    every, problem = [draws] * world, [None]
+    if dist.is_initialized():
+        dist.all_gather_object(every, draws)
+    swap(params, average)
+    weights = gather(model.state_dict(), keep=rank == 0)
+    swap(params, average)
+    if rank == 0:
+        try:
+            weights = merge_lora(weights) if args.lora else weights
+            write(args, step, model, weights, functools.reduce(dict.__or__, every, state), about)
+        except OSError as e:
+            problem = [e.strerror or str(e)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(problem)
+    if problem[0]:
+        raise OSError(problem[0]) if rank == 0 else SystemExit(2)      # one process says it
+
+
+def write(args, step, model, weights, state, about):
+    """The files of one checkpoint, the link, the pruning."""
+    out, folder = args.out, args.out / f"step-{step:06d}"
+    command = f"train.py --model {args.model} --preset {args.preset} --data {args.data}"
+    with common.atomic_folder(folder) as part:
+        model.save_pretrained(part, {"trained with": command, "steps": step}, state=weights)
+        (part / "training_state").mkdir()
+        save_file(state, part / "training_state" / "state.safetensors")
+        common.write_json(part / "training_state" / "run.json", about | {"step": step})
+    link = out / ".last.part"
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.name)
+    os.replace(link, out / "last")
+    old = sorted(out.glob("step-*"), key=lambda path: int(path.name[5:]))
+    for path in old[:-args.keep] if args.keep else ():
+        gone = out / f".{path.name}.part"                      # renamed first: what is called step-* is whole
+        os.replace(path, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+# ---- What is measured and printed -------------------------------------------------------------------------
+
+def measured_peak(device, dtype):
+    """FLOP/s of a large matrix product, here and now: the denominator of mfu."""
+    n, best = 1024 if device.type == "cpu" else 8192, math.inf
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    wait = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
+    for _ in range(4):
+        wait()
+        begin = time.perf_counter()
+        a @ a
+        wait()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * n**3 / best
+
+
+def memory_used(device):
+    """Peak bytes so far, of the accelerator or of this process."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def memory_free(device):
+    if device.type != "cpu":
+        return torch.accelerator.get_memory_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES" if sys.platform == "linux" else "SC_PHYS_PAGES")
+
+
+def short(x):
+    """1234567 -> '1.23 M'."""
+    power = min(int(math.log10(max(x, 1)) // 3), 5)
+    return f"{x / 1000**power:.3g} {' kMGTP'[power].strip()}"
+
+
+def status(step, steps, row):
+    """The status line, from a row of metrics.jsonl."""
+    return (f"step {step:0{len(str(steps))}}/{steps} | loss {row['loss']:.4f} | lr {row['lr']:.1e} | "
+            f"grad {row['grad']:.2f} | {row['ms']:.0f} ms | {row['samples_per_s']:.0f} samples/s | "
+            f"mfu {row['mfu']:.1%} | mem {row['mem_gib']:.1f} GiB | data wait {row['data_wait_ms']:.0f} ms")
+
+
+class Log:
+    """metrics.jsonl, and TensorBoard and wandb when asked for."""
+
+    def __init__(self, args, cfg):
+        for name in ("tensorboard", "wandb"):
+            if getattr(args, name) and importlib.util.find_spec(name) is None:
+                raise ValueError(f"--{name} needs it installed: pip install {name}.")
+        self.board = self.run = None
+        if args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(args.out)
+        if args.wandb:
+            import wandb
+            self.run = wandb.init(project=args.wandb, config=dataclasses.asdict(cfg), dir=args.out)
+        self.file = open(args.out / "metrics.jsonl", "ab", buffering=0)
+
+    def __call__(self, step, row):
+        try:
+            self.file.write((json.dumps({"step": step} | row) + "\n").encode())
+        except OSError as e:
+            raise OSError(f"cannot write {self.file.name}: {e.strerror}. Free some space, then --resume.") from e
+        row = {name: x for name, x in row.items() if not isinstance(x, list)} | {
+            f"{name}/{i}": x for name, xs in row.items() if isinstance(xs, list) for i, x in enumerate(xs)}
+        for name, x in row.items() if self.board else ():
+            self.board.add_scalar(name, x, step)
+        if self.run:
+            self.run.log(row, step=step)
+
+    def close(self):
+        self.file.close()
+        if self.board:
+            self.board.close()
+        if self.run:
+            self.run.finish()
+
+
+def stop_if_not_finite(first_bad, names, args, rank, world):
+    """End every process if a loss or gradient was not finite: the only place where the host reads that flag.
+
+    first_bad: 0-d tensor on the device, the first such step or NEVER; names: {step: names of its datasets}.
+    """
+    mine = (int(first_bad), rank, names.get(int(first_bad)))
+    every = [mine] * world
+    if world > 1:
+        dist.all_gather_object(every, mine)
+    step, where, sets = min(every, key=lambda bad: bad[0])
+    if step == NEVER:
+        return
+    if rank:
+        raise SystemExit(2)                                    # one process says it
+    raise ValueError(f"the loss or its gradient is not finite at step {step} on rank {where} (data: {', '.join(sets)}). "
+                     f"Nothing was saved since; the newest checkpoint is {newest(args.out) or 'none'}. Look at that "
+                     "data, or lower the learning rate (--set lr=...).")
+
+
+def dry_run(say, wrapped, model, item, trainable, device, precision, args, cfg, world):
+    """One batch through loss and gradient: what goes in, what comes out, the memory that a run will take."""
+    names, batch = item
+    say(f"data      {', '.join(names)}")
+    if "ids" in batch:
+        say(f"prompt    {model.tokenizer.decode(batch['ids'][0])!r}")
+    for name, x in batch.items():
+        say(f"{name:<9} {str(tuple(x.shape)):<20} {str(x.dtype)[6:]:<8} {x.min().item()} .. {x.max().item()}")
+    stored = {}                                                # memory that the backward pass needs, by address
+
+    def note(x):
+        stored[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+    with precision(), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        loss, _ = wrapped(to_device(batch, device))
+    loss.backward()
+    if not torch.isfinite(loss):
+        raise ValueError(f"the loss of this batch is {loss.item()}; look at the data above.")
+    say(f"loss      {loss.item():.4f}, finite, and its gradient")
+    for p in model.parameters():
+        stored.pop(local(p).untyped_storage().data_ptr(), None)
+    parameters, shards = sum(p.numel() for p in model.parameters()), world if args.shard else 1
+    parts = {"weights": 4 * parameters / shards, "gradients": 4 * trainable / shards,
+             "AdamW": 8 * trainable / shards, "EMA": 4 * trainable / shards * (cfg.ema > 0),
+             f"activations of {cfg.batch} samples": sum(stored.values())}
+    total, free = sum(parts.values()), memory_free(device)
+    say("memory    " + " + ".join(f"{name} {x / 2**30:.2f}" for name, x in parts.items() if x)
+        + f" = {total / 2**30:.2f} GiB per process; {free / 2**30:.1f} GiB are free on {device}"
+        + (": too little; try --shard, --checkpointing, a smaller --batch" if total > free else ""))
+
+
+def closed_loop(args, module, attn, device):
+    """Let the checkpoint drive in the simulator: success per task, and a film."""
+    import eval_sim
+    named = args.data.partition(":")[2]
+    families = eval_sim.FAMILIES if named == "all" else tuple(named.split(",")) if named else eval_sim.DEFAULT_FAMILIES
+    model = module.from_pretrained(args.out / "last", attn=attn, device=device)
+    results = eval_sim.evaluate(model, module, families, args.eval_episodes, out=args.out / "eval")
+    eval_sim.print_table(results)
+    print(f"film: {args.out / 'eval' / 'film.gif'}   every episode: {args.out / 'eval' / 'results.json'}")
+
+
+# ---- The run ----------------------------------------------------------------------------------------------
+
+def main(argv=None):
+    with contextlib.ExitStack() as cleanup:                    # bar, log, signals: closed however a run ends
+        run(cleanup, *parse(argv))
+
+
+def run(cleanup, args, module, cfg, found):
+    begin = time.time()
+
+    # ---- processes, device, arithmetic
+    rank, local_rank, world = common.rank_info()
+    say = print if rank == 0 else lambda *_: None
+    device = common.device(args.device)
+    bf16 = args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda")
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    precision = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
+    attn = common.pick_attention(args.attn, device)
+    args.global_batch = args.global_batch or cfg.batch * world
+    accumulation, rest = divmod(args.global_batch, cfg.batch * world)
+    if rest or not accumulation:
+        raise ValueError(f"--global-batch {args.global_batch} is no multiple of batch x processes = {cfg.batch} x "
+                         f"{world}; change --batch.")
+    if found:
+        check_same_run(found, args, cfg)
+    about = {"args": {k: v for k, v in vars(args).items() if k not in ("out", "resume", "overwrite", "dry_run")}}
+    if rank == 0 and not args.dry_run:
+        claim(args, about)
+    if device.type != "cpu" and torch.accelerator.device_count() > 1:
+        torch.accelerator.set_device_index(local_rank if device.index is None else device.index)
+    if world > 1 or args.shard:
+        gpu = "" if device.type == "cpu" else f",{device.type}:{dist.get_default_backend_for_device(device)}"
+        alone = {} if world > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("cpu:gloo" + gpu if gpu else "gloo", timeout=timedelta(hours=2), **alone)
+
+    # ---- data, model, optimizer
+    train, val = open_data(args, cfg)
+    stats = data.dataset_statistics(train)
+    tokenizer = module.load_tokenizer(cfg, found)
+    common.seed_everything(cfg.seed)                           # the same first weights on every rank
+    model = build(module, cfg, args, tokenizer, stats, attn, found)
+    wrapped = wrap(model, args, device, dtype, world).train()
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups = [{"params": list(params.values())}]
+    if hasattr(model, "param_groups"):
+        groups = model.param_groups(cfg.lr, cfg.weight_decay)
+    optimizer = torch.optim.AdamW(groups, cfg.lr, cfg.betas, getattr(cfg, "eps", 1e-8), cfg.weight_decay, fused=True)
+    full_lr = [group["lr"] for group in optimizer.param_groups]
+    average = [local(p).detach().clone() for p in params.values()] if cfg.ema else []
+    peak = measured_peak(device, dtype)
+    torch.manual_seed(common.hash64(cfg.seed, rank))           # dropout differs between ranks
+    start = restore(found, optimizer, params, device, rank) if found else 0
+    workers = args.workers
+    if workers is None:
+        workers = 0 if device.type == "cpu" else min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    prepare = functools.partial(module.prepare, cfg=cfg, tokenizer=tokenizer, stats=stats)
+    collate = functools.partial(module.collate, cfg=cfg)
+    batches = data.loader(train, functools.partial(with_name, functools.partial(prepare, train=True)),
+                          functools.partial(name_apart, collate), cfg.batch, rank, world, cfg.seed,
+                          start * accumulation, workers, pin=device.type not in ("cpu", "mps"))
+
+    total, trainable = (sum(p.numel() for p in ps) for ps in (model.parameters(), params.values()))
+    values = (f"{name}={str(value).replace(' ', '')}" for name, value in dataclasses.asdict(cfg).items())
+    counts = [len(d) if hasattr(d, "__len__") else "no" if d is None else "?" for d in (train, val)]
+    say(textwrap.fill(f"{args.model} {args.preset}: {' '.join(values)}", 110, break_on_hyphens=False))
+    say(f"parameters {short(total)} total, {short(trainable)} trainable; fresh: {', '.join(model.fresh) or 'none'}")
+    say(f"samples per step {args.global_batch} = {cfg.batch} x {world} processes x {accumulation} accumulated")
+    say(f"data {args.data}: {counts[0]} training and {counts[1]} validation samples, {workers} workers")
+    say(f"attention {attn}, device {device}, {'bf16' if bf16 else 'fp32'}, "
+        f"{'FSDP' if args.shard else 'DDP' if world > 1 else 'one process'}; mfu is relative to {short(peak)}FLOP/s, "
+        "measured now")
+    if args.dry_run:
+        return dry_run(say, wrapped, model, next(batches), trainable, device, precision, args, cfg, world)
+
+    # ---- ready to write
+    log = None
+    if rank == 0:
+        clean(args, start, about)
+        log = cleanup.enter_context(contextlib.closing(Log(args, cfg)))
+    checks = held_out(val, args.val_samples, cfg.batch, prepare, collate, rank, world)
+    stopped = []                                               # names of signals; a second one changes nothing
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before = signal.signal(number, lambda n, _: stopped.append(signal.Signals(n).name))
+        cleanup.callback(signal.signal, number, before)
+    if args.resume:
+        say(f"resuming {found} at step {start}" if found else f"no checkpoint in {args.out} yet: starting at step 0")
+    bar = cleanup.enter_context(tqdm(total=cfg.steps, initial=start, disable=rank > 0, unit="step", dynamic_ncols=True))
+    first_bad = torch.tensor(NEVER, device=device)
+    step, sums, names, waited, flops, clock = start, {}, {}, 0.0, 0, time.perf_counter()
+
+    for step in range(start + 1, cfg.steps + 1):               # `step` are done when this one is
+        # ---- data
+        before = time.perf_counter()
+        micro = [next(batches) for _ in range(accumulation)]
+        waited += time.perf_counter() - before
+        names[step] = sorted({name for of_batch, _ in micro for name in of_batch})
+
+        # ---- forward and backward
+        for i, (_, batch) in enumerate(micro):
+            last = i + 1 == accumulation                       # gradients travel between processes once per step
+            hold = contextlib.nullcontext()
+            if args.shard:
+                wrapped.set_requires_gradient_sync(last)
+            elif world > 1 and not last:
+                hold = wrapped.no_sync()
+            with hold:
+                with precision(), contextlib.nullcontext() if flops else FlopCounterMode(display=False) as counter:
+                    loss, logs = wrapped(to_device(batch, device))
+                (loss / accumulation).backward()
+            flops = flops or counter.get_total_flops()         # of one forward pass, counted once
+            for name, value in ({"loss": loss.detach()} | logs).items():
+                sums[name] = sums.get(name, 0) + value.float() / accumulation
+
+        # ---- update
+        norm = nn.utils.clip_grad_norm_(params.values(), cfg.grad_clip or math.inf)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        for group, lr in zip(optimizer.param_groups, full_lr):
+            group["lr"] = lr * lr_factor(cfg, step - 1)
+        optimizer.step()
+        optimizer.zero_grad()
+        if average:                                            # a shorter memory while there is little to remember
+            decay = min(cfg.ema, (1 + step) / (10 + step))
+            torch._foreach_lerp_(average, [local(p).detach() for p in params.values()], 1 - decay)
+        sums["grad"] = sums.get("grad", 0) + norm
+        finite = torch.isfinite(loss.detach()) & torch.isfinite(norm)
+        first_bad = torch.where(finite, first_bad, first_bad.clamp(max=step))
+
+        # ---- log
+        stop = torch.tensor(int(bool(stopped)))
+        if world > 1:                                          # all leave after the same step; CPU to CPU, no sync
+            dist.all_reduce(stop, dist.ReduceOp.MAX)
+        leave = bool(stop) or step == cfg.steps
+        keep = leave or (args.save_every and step % args.save_every == 0)
+        check = checks and (step == cfg.steps or step % args.val_every == 0)
+        bar.update()
+        if step % args.log_every == 0 or keep or check:
+            stop_if_not_finite(first_bad, names, args, rank, world)
+            means = torch.stack(list(sums.values())) / len(names) / world
+            if world > 1:
+                dist.all_reduce(means)
+            seconds = (time.perf_counter() - clock) / len(names)
+            model_flops = (2 if args.lora else 3) * flops * accumulation       # frozen: no gradient of the weights
+            row = dict(zip(sums, means.tolist())) | {
+                "lr": optimizer.param_groups[0]["lr"], "ms": seconds * 1e3,
+                "samples_per_s": args.global_batch / seconds, "mfu": model_flops / seconds / peak,
+                "mem_gib": memory_used(device) / 2**30, "data_wait_ms": waited / len(names) * 1e3}
+            if log:
+                bar.write(status(step, cfg.steps, row))
+                log(step, row)
+            if check:
+                swap(params, average)
+                row = validate(wrapped, checks, device, precision)
+                swap(params, average)
+                if log:
+                    errors = " ".join(f"{e:.4f}" for e in row["val_action_error"])
+                    bar.write(f"step {step}/{cfg.steps} | validation loss {row['val_loss']:.4f} | "
+                              f"action error {errors} (robot units, open loop)")
+                    log(step, row)
+            sums, names, waited = {}, {}, 0.0
+
+        # ---- save
+        if keep:
+            save(args, step, model, optimizer, params, average, device, about, rank, world)
+        if leave:
+            break
+        if not names:                                          # saving and validation are no step's time
+            clock = time.perf_counter()
+
+    # ---- after the last step
+    cleanup.close()
+    if dist.is_initialized():
+        dist.all_reduce(torch.zeros(1))                        # nobody leaves while another still needs the others
+        dist.destroy_process_group()
+    if rank:
+        return
+    if step < cfg.steps:
+        print(f"stopped by {stopped[0]} after step {step}, all is saved. To go on: python train.py --model "
+              f"{args.model} --out {args.out} --resume")
+        return
+    print(f"trained in {(time.time() - begin) / 60:.1f} minutes: {args.out / 'last'}")
+    del wrapped, model, optimizer, params, average, checks     # their memory is the evaluation's
+    if args.eval_episodes:
+        closed_loop(args, module, attn, device)
+    print(f"{(time.time() - begin) / 60:.1f} minutes in all. Next:\n"
+          f"  python eval_sim.py --ckpt {args.out}/last --families all --episodes 300   # every task of the tabletop\n"
+          f"  python eval_sim.py --ckpt {args.out}/last --control all                   # wrong words, no picture, random\n"
+          f"  python serve.py --ckpt {args.out}/last                                    # drive a robot over HTTP")
+
+
+if __name__ == "__main__":
+    common.cli(main)

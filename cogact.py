@@ -561,10 +561,18 @@ class LLMBackbone(nn.Module):
     def forward(self, rows):
         """Embeddings (B, L, D) -> hidden states after the final norm (B, L, D). Causal; no head, no cache.
 
-        No padding mask: padding is on the right, where a causal model's real tokens cannot see it. So SDPA
-        and flash-attn can run their maskless causal kernels.
+        The layers are called one by one: LlamaModel.forward would first look into the positions, and so wait
+        for the device. No padding mask is needed: padding is on the right, where a causal model's real tokens
+        cannot see it, and without a mask SDPA and flash-attn run their causal kernels.
         """
-        return self.llm.model(inputs_embeds=rows, use_cache=False).last_hidden_state
+        model, L = self.llm.model, rows.shape[1]
+        positions = torch.arange(L, device=rows.device)[None]                          # (1, L)
+        rotary, mask = model.rotary_emb(rows, position_ids=positions), None
+        if model.config._attn_implementation == "eager":       # it knows no other way to be causal
+            mask = torch.full((1, 1, L, L), float("-inf"), device=rows.device).triu(1)
+        for layer in model.layers:
+            rows = layer(rows, attention_mask=mask, position_embeddings=rotary)
+        return model.norm(rows)
 
 
 # ---- The action head --------------------------------------------------------------------------------------
@@ -777,13 +785,13 @@ class ActionModel(nn.Module):
         step_noise: (num_train_steps, B, T, A) for DDPM, first used first; trace: a list that receives (x, x0)
         of every step. All that the loop needs is on the device before it starts: no host sync inside.
         """
-        net, device = self.net, z.device
+        B, net, device, drop = len(z), self.net, z.device, None
         timesteps, rows = sampler_table(sampler, self.num_train_steps, steps)
         table = constant(rows, device)                                                 # (n, 4 or 5)
         times = net.t_embedder(constant(timesteps, device))[:, None, None]             # (n, 1, 1, D)
-        cond = net.z_embedder(z)                                                       # (B, 1, D)
-        if cfg_scale > 1:
-            cond = torch.cat([cond, net.z_embedder(net.z_embedder.uncondition.expand_as(z))])  # (2B, 1, D)
+        if cfg_scale > 1:                                      # rows with z, then rows without
+            z, drop = torch.cat([z, z]), torch.arange(2 * B, device=device) >= B
+        cond = net.z_embedder(z, drop)                                                 # (B or 2B, 1, D)
         x = noise
         for i, c in enumerate(table):
             eps = self.guided(x, times[i] + cond, cfg_scale)                           # (B, T, A)

@@ -64,7 +64,10 @@ def device(name="auto"):
             return torch.device("cpu")
         several = torch.accelerator.device_count() > 1
         return torch.device(found.type, rank_info()[1]) if several else torch.device(found.type)
-    wanted = torch.device(name)
+    try:
+        wanted = torch.device(name)
+    except RuntimeError as e:
+        raise ValueError(f"device {name!r} does not exist; choose auto, cpu, cuda or mps.") from e
     if wanted.type not in ("cpu", "meta") and (found is None or wanted.type != found.type):
         have = found.type if found else "only a CPU"
         raise ValueError(f"device {name!r} was asked for; this machine has {have}. Use --device auto.")
@@ -410,7 +413,9 @@ def atomic_folder(path):
         raise ValueError(f"{path} is a file, a folder is to be written there; choose another output path.")
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{path.name}.*.part"):          # of a run that was killed while saving
+        for left in sorted(path.parent.glob(f".{path.name}.*.part")):  # of a run that was killed while saving
+            if left.name.endswith(".old.part") and not path.exists():
+                os.replace(left, path)                                 # about to be replaced: still good
             shutil.rmtree(left, ignore_errors=True)
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:

@@ -185,7 +185,8 @@ def test_image_preprocessing_matches(case):
         if "resized_uint8" in run:
             case.compare(run["resized_uint8"], image)
     for run in deploy["cases"]:
-        image = cogact.deploy_crop(case[run["in"]].numpy(), size, run["shift_to_left"], deploy["area_scale"])
+        image = cogact.deploy_crop(case[run["in"]].numpy(), deploy["first_resize"]["size"][0],
+                                   run["shift_to_left"], deploy["area_scale"])
         case.compare(run["out"], image[::run["stride"], ::run["stride"]])
 
 
@@ -790,8 +791,8 @@ def test_act_runs_the_head_in_float32_under_any_autocast():
     assert set(types) == {torch.float32}
 
 
-def test_sampler_reads_nothing_back_from_the_device():
-    """No .item(), .cpu() or bool(tensor) inside the denoising loop: each would make a GPU wait."""
+def test_inference_reads_nothing_back_from_the_device():
+    """No .item(), .cpu() or bool(tensor) in the VLM or the denoising loop: each would make a GPU wait."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Count(TorchDispatchMode):
@@ -801,9 +802,10 @@ def test_sampler_reads_nothing_back_from_the_device():
             aten = torch.ops.aten
             Count.reads += func in (aten._local_scalar_dense.default, aten.nonzero.default)
             return func(*args, **(kwargs or {}))
-    head = make().action_model
+    model = make()
+    batch = batch_of(model)
     with torch.no_grad(), Count():
-        head.sample(torch.randn(2, 1, 32), NOISE[:2], 10, 1.5)
+        model.action_model.sample(model(batch), NOISE[:3], 10, 1.5)
     assert Count.reads == 0
 
 
@@ -1110,7 +1112,7 @@ def test_functions_are_short_and_lines_fit():
     import ast
     for name in ("cogact.py", "common.py"):
         text = (ROOT / name).read_text(encoding="utf-8")
-        assert max(map(len, text.splitlines())) <= 110, name
+        assert not [line for line in text.splitlines() if len(line) > 110], name
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 70, f"{name}: {node.name}"
@@ -1136,6 +1138,19 @@ def test_on_cuda_the_sampler_does_not_wait():
             model.action_model.sample(z, noise)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_one_inference_at_official_size_costs_no_unneeded_work():
+    """4.12 TFLOP, counted on the meta device: no language-model head, no ViT block that nobody reads."""
+    from torch.utils.flop_counter import FlopCounterMode
+    with torch.device("meta"):
+        model = Model(PRESETS["base"]).eval()
+        batch = {"images": torch.empty(1, 1, 224, 224, 3, dtype=torch.uint8), "length": torch.tensor([25]),
+                 "ids": torch.zeros(1, 25, dtype=torch.long)}
+        noise = torch.empty(1, 16, A)
+    with torch.no_grad(), FlopCounterMode(display=False) as count:
+        model.action_model.sample(model(batch), noise)
+    assert abs(count.get_total_flops() / 4.12e12 - 1) < 0.03
 
 
 def test_big_presets_have_the_official_sizes():

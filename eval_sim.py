@@ -1,47 +1,54 @@
 r"""
-Closed-loop evaluation, and the simulator it uses by default: a tabletop in numpy, no physics engine, no download.
+Closed-loop evaluation, and its default simulator: a tabletop in numpy, no physics engine, no download.
 
-    python eval_sim.py --ckpt runs/cogact-tiny/last                            # success per task, Wilson intervals, GIF, JSON
+    python eval_sim.py --ckpt runs/cogact-tiny/last                # success per task, intervals, GIF, JSON
     python eval_sim.py --ckpt runs/cogact-tiny/last --families all --episodes 300
-    python eval_sim.py --ckpt runs/cogact-tiny/last --control swap             # also: blank, random (they must fail)
-    python eval_sim.py --replay tabletop                                       # play recorded actions: the first thing to check
+    python eval_sim.py --ckpt runs/cogact-tiny/last --control all  # also what must fail: see --help
+    python eval_sim.py --replay tabletop                           # recorded actions: the first thing to try
 
 The tabletop, in one picture (metres; a right-handed frame whose origin lies on the table):
 
         x, away from the robot = up in the picture
-        ^      +--------------------+       third-person camera: behind and above the robot, looking along +x
-        |      |  o    []     /\    |       wrist camera: on the gripper, looking down between the fingers
-    y <-+      |     (plate)        |       "left" is +y: the left side of the third-person picture
-   left        +--------------------+
+        ^      +--------------------+     third-person camera: behind and above the robot, looking along +x
+        |      |  o    []     /\    |     wrist camera: on the gripper, looking down between the fingers
+    y <-+      |     (plate)        |     "left" is +y: the left side of the third-person picture;
+   left        +--------------------+     turning left is turning counter-clockwise, seen from above
 
-Action, 7 numbers at CONTROL_HZ: dx dy dz [m], droll dpitch dyaw [rad] in the table's frame, gripper 1 = open, 0 = closed.
-State, 8 numbers: x y z [m] of the point between the finger tips, roll pitch yaw [rad], the two finger positions [m].
-Contact is kinematic: fingers push what they touch sideways, close around what is between them, and what they let go
-drops onto what is below. Everything follows from the seed. Sections: solids and pictures, the world, the expert,
-episodes, evaluation.
+Action, 7 numbers at CONTROL_HZ: dx dy dz [m] in the table's frame, droll dpitch dyaw [rad] added to the
+gripper's angles, gripper 1 = open, 0 = closed (threshold 0.5).
+State, 8 numbers: x y z [m] of the point between the finger tips, roll pitch yaw [rad] (Rz(yaw) Ry(pitch)
+Rx(roll)), the two fingers' distances from the middle [m] (0 = closed).
+Contact is kinematic: fingers push what they touch sideways, close around what is between them, and what they
+let go drops onto what is below. Everything follows from the seed.
+
+Sections: solids and pictures, the world, the expert, episodes, evaluation, command line.
 """
 import argparse
+import hashlib
 import importlib
-import json
 import math
-import sys
+import os
+import platform
+import subprocess
+import tempfile
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-VERSION = 1                      # of the simulator: part of every dataset cache's name; raise it when a pixel or an action changes
+VERSION = 1                      # of the simulator and data made with it; a changed pixel or action raises it
 CONTROL_HZ = 5
 STATE_DIM = 8
 FAMILIES = ("pick", "put", "push", "stack", "turn", "side")
 DEFAULT_FAMILIES = ("pick", "put", "push")
 VIEWS = ("third", "wrist")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Solids and pictures: rays against convex solids, exact perspective, flat shading, a shadow on the table
-# ---------------------------------------------------------------------------------------------------------------------
+
+# ---- Solids and pictures: rays against convex solids, exact perspective, flat shading ---------------------
+
 COLOURS = {"red": (214, 40, 40), "green": (44, 160, 60), "blue": (40, 84, 214), "yellow": (240, 208, 40),
            "purple": (150, 60, 190), "orange": (242, 130, 28)}
 NEUTRAL = {"plate": (236, 236, 230), "box": (96, 72, 52)}
@@ -54,8 +61,8 @@ class Solid(NamedTuple):
     """A convex solid around its own origin: {p : normals @ p <= offsets}, or a ball when `radius` > 0."""
     normals: np.ndarray          # (P, 3) unit, outward
     offsets: np.ndarray          # (P,) [m]
-    vertices: np.ndarray         # (M, 3) corners (of a ball: of its bounding cube)
-    radius: float = 0.0
+    vertices: np.ndarray         # (M, 3) corners [m] (of a ball: of its bounding cube)
+    radius: float = 0.0          # [m]
 
 
 def cuboid(sx, sy, sz):
@@ -66,16 +73,20 @@ def cuboid(sx, sy, sz):
 
 
 def frustum(sides, bottom, top, height):
-    """A right frustum: a prism (bottom = top), a pyramid (top = 0) or, with many sides, a cylinder. Radii to the edges [m]."""
+    """A right frustum: a prism (bottom = top), a pyramid (top = 0) or, with many sides, a cylinder.
+
+    bottom, top: distances of the side faces from the axis, at the lower and the upper face [m]; height [m].
+    """
     angle = np.arange(sides) * 2 * np.pi / sides
     slope = np.stack([np.cos(angle) * height, np.sin(angle) * height, np.full(sides, bottom - top)], 1)
-    slope /= np.linalg.norm(slope, axis=1, keepdims=True)
+    slope /= np.linalg.norm(slope, axis=1, keepdims=True)               # (sides, 3) outward
     at = np.stack([np.cos(angle) * bottom, np.sin(angle) * bottom, np.full(sides, -height / 2)], 1)
-    normals = np.vstack([slope, [[0, 0, 1], [0, 0, -1]]])
+    normals = np.vstack([slope, [[0, 0, 1], [0, 0, -1]]])               # (sides + 2, 3)
     offsets = np.concatenate([(slope * at).sum(1), [height / 2, height / 2]])
     corner = angle + np.pi / sides
     ring = np.stack([np.cos(corner), np.sin(corner)], 1) / np.cos(np.pi / sides)
-    vertices = np.vstack([np.c_[ring * r, np.full(sides, z)] for r, z in ((bottom, -height / 2), (top, height / 2))])
+    ends = ((bottom, -height / 2), (top, height / 2))
+    vertices = np.vstack([np.c_[ring * r, np.full(sides, z)] for r, z in ends])
     return Solid(normals, offsets, vertices)
 
 
@@ -85,7 +96,7 @@ def ball(radius):
 
 
 def rotation(roll, pitch, yaw):
-    """R = Rz(yaw) Ry(pitch) Rx(roll), (3, 3)."""
+    """R = Rz(yaw) Ry(pitch) Rx(roll), (3, 3); angles in [rad]."""
     (cr, cp, cy), (sr, sp, sy) = np.cos([roll, pitch, yaw]), np.sin([roll, pitch, yaw])
     return np.array([[cy * cp, cy * sp * sr - sy * cr, cy * sp * cr + sy * sr],
                      [sy * cp, sy * sp * sr + cy * cr, sy * sp * cr - cy * sr],
@@ -93,64 +104,76 @@ def rotation(roll, pitch, yaw):
 
 
 class Camera:
-    """A pinhole camera. `eye` (3,) [m]; `axes` (3, 3) with rows right, down, forward in the world; `fov` [rad], vertical."""
+    """A pinhole camera: `eye` (3,) [m], `axes` (3, 3) whose rows are right, down, forward in the world, `fov`
+    [rad] from top to bottom. Pictures are h x w pixels, pixel centres at half-integers."""
 
     def __init__(self, eye, axes, fov):
         self.eye, self.axes, self.fov = np.asarray(eye, float), axes, fov
 
     @classmethod
     def look_at(cls, eye, target, fov, up=(0.0, 0.0, 1.0)):
-        """A camera at `eye` that sees `target` in the middle of its picture."""
+        """A camera at `eye` (3,) [m] that sees `target` (3,) [m] in the middle of its picture."""
         forward = np.subtract(target, eye) / np.linalg.norm(np.subtract(target, eye))
         right = np.cross(forward, up) / np.linalg.norm(np.cross(forward, up))
         return cls(eye, np.stack([right, np.cross(forward, right), forward]), fov)
 
+    def focal(self, h):
+        """The focal length [pixels] of a picture of height h."""
+        return h / 2 / math.tan(self.fov / 2)
+
     def intrinsics(self, h, w):
-        """K, (3, 3), in pixels; pixel centres at half-integers."""
-        f = h / 2 / math.tan(self.fov / 2)
+        """K, (3, 3) [pixels]: camera coordinates to homogeneous pixel coordinates."""
+        f = self.focal(h)
         return np.array([[f, 0, w / 2], [0, f, h / 2], [0, 0, 1.0]])
 
     def extrinsics(self):
-        """World to camera, (4, 4): x right, y down, z forward."""
+        """World to camera [m], (4, 4): x right, y down, z forward."""
         pose = np.eye(4)
         pose[:3, :3], pose[:3, 3] = self.axes, -self.axes @ self.eye
         return pose
 
     def rays(self, h, w):
-        """One direction per pixel, (h, w, 3), whose forward component is 1 (so that a ray's length is its depth)."""
-        f = h / 2 / math.tan(self.fov / 2)
+        """One direction per pixel, (h, w, 3), of forward component 1: a distance along it is a depth."""
+        f = self.focal(h)
         u, v = np.meshgrid((np.arange(w) + 0.5 - w / 2) / f, (np.arange(h) + 0.5 - h / 2) / f)
         return u[..., None] * self.axes[0] + v[..., None] * self.axes[1] + self.axes[2]
 
     def project(self, points, h, w):
-        """World points (..., 3) -> pixel coordinates x, y (..., 2)."""
-        p = (np.asarray(points) - self.eye) @ self.axes.T
-        f = h / 2 / math.tan(self.fov / 2)
+        """World points (..., 3) [m] -> pixel coordinates x, y (..., 2); sensible only in front of the camera.
+
+        h = 1, w = width / height gives y in [0, 1] and x in [0, w].
+        """
+        p = (np.asarray(points) - self.eye) @ self.axes.T               # (..., 3) in the camera's frame
         z = np.maximum(p[..., 2:], 1e-6)
-        return p[..., :2] / z * f + np.array([w / 2, h / 2])
+        return p[..., :2] / z * self.focal(h) + np.array([w / 2, h / 2])
 
 
 def _hit(solid, pose, at, origin, dirs):
-    """Where rays enter a solid with rotation `pose` at `at`: distance (n,) (inf = miss) and shade (n,) in [0, 1]."""
-    o, d = (origin - at) @ pose, dirs @ pose                                # local: o (3,) or (n, 3), d (n, 3)
+    """Where rays enter a solid with rotation `pose` (3, 3) at `at` (3,).
+
+    origin: (3,) or (n, 3), dirs: (n, 3). Returns distances (n,) in units of dirs (inf = miss), shades (n,) in
+    [0, 1] (of a miss: meaningless).
+    """
+    o, d = (origin - at) @ pose, dirs @ pose                            # local; o is (3,) or (n, 3)
     if solid.radius:
         a, b, c = (d * d).sum(-1), (d * o).sum(-1), (o * o).sum(-1) - solid.radius ** 2
         root = b * b - a * c
         enter = (-b - np.sqrt(np.maximum(root, 0))) / a
         light = (o + enter[:, None] * d) @ (LIGHT @ pose) / solid.radius
-        return np.where((root > 0) & (enter > 1e-6), enter, np.inf), AMBIENT + (1 - AMBIENT) * np.maximum(light, 0)
-    speed = d @ solid.normals.T                                             # (n, P), < 0 where the ray enters a half-space
+        shade = AMBIENT + (1 - AMBIENT) * np.maximum(light, 0)
+        return np.where((root > 0) & (enter > 1e-6), enter, np.inf), shade
+    speed = d @ solid.normals.T                                         # (n, P), < 0: a face entered
     t = (solid.offsets - o @ solid.normals.T) / np.where(speed == 0, 1e-12, speed)
     inwards = np.where(speed < 0, t, -np.inf)
-    face = inwards.argmax(1)
+    face = inwards.argmax(1)                                            # (n,): the last one entered
     enter = inwards[np.arange(len(face)), face]
     leave = np.where(speed > 0, t, np.inf).min(1)
-    shade = AMBIENT + (1 - AMBIENT) * np.maximum(solid.normals @ (LIGHT @ pose), 0)
+    shade = AMBIENT + (1 - AMBIENT) * np.maximum(solid.normals @ (LIGHT @ pose), 0)         # (P,)
     return np.where((enter < leave) & (enter > 1e-6), enter, np.inf), shade[face]
 
 
 def _window(pixels, h, w):
-    """The slice of the picture that holds these projected points, with a pixel of margin."""
+    """The slices (rows, columns) of the picture that hold these pixels (M, 2), with a pixel of margin."""
     (x0, y0), (x1, y1) = np.floor(pixels.min(0)).astype(int) - 1, np.ceil(pixels.max(0)).astype(int) + 1
     return slice(max(y0, 0), max(min(y1, h), 0)), slice(max(x0, 0), max(min(x1, w), 0))
 
@@ -158,16 +181,18 @@ def _window(pixels, h, w):
 def render(parts, camera, h, w):
     """Draw solids on the table.
 
-    parts: list of (owner, Solid, rotation (3, 3), position (3,), colour). Returns rgb uint8 (h, w, 3), depth float32 (h, w)
-    [m along the optical axis] and owner int16 (h, w): -1 table, -2 beyond its edge, else the part's owner.
+    parts: list of (owner, Solid, rotation (3, 3), position (3,) [m], colour). Returns rgb uint8 (h, w, 3),
+    depth float32 (h, w) [m along the optical axis; 1000 above the horizon] and owner int16 (h, w): -1 the
+    table, -2 beyond its edge, else the part's.
     """
     rays, eye = camera.rays(h, w), camera.eye
-    depth = np.where(rays[..., 2] < -1e-6, -eye[2] / np.minimum(rays[..., 2], -1e-6), 1e3)        # the plane z = 0
-    ground = eye + depth[..., None] * rays
+    down = rays[..., 2]
+    depth = np.where(down < -1e-6, -eye[2] / np.minimum(down, -1e-6), 1e3)  # of the plane z = 0
+    ground = eye + depth[..., None] * rays                              # (h, w, 3)
     on_table = (np.abs(ground[..., 0]) < 0.26) & (np.abs(ground[..., 1]) < 0.28) & (depth < 1e3)
-    colour = np.where(on_table[..., None], TABLE, FLOOR).astype(float)
+    colour = np.where(on_table[..., None], TABLE, FLOOR).astype(float)  # (h, w, 3)
     owner = np.where(on_table, -1, -2).astype(np.int16)
-    for _, solid, pose, at, _ in parts:                                     # shadows on the table, before the solids
+    for _, solid, pose, at, _ in parts:                                 # first the shadows on the table
         corners = solid.vertices @ pose.T + at
         rows, cols = _window(camera.project(corners - corners[:, 2:] / LIGHT[2] * LIGHT, h, w), h, w)
         points = ground[rows, cols].reshape(-1, 3)
@@ -177,14 +202,14 @@ def render(parts, camera, h, w):
             window[dark.reshape(window.shape[:2]) & (owner[rows, cols] == -1)] = np.multiply(TABLE, 0.6)
     for who, solid, pose, at, paint in parts:
         corners = solid.vertices @ pose.T + at
-        if ((corners - eye) @ camera.axes[2]).min() < 0.005:                # reaches behind the lens: look everywhere
+        if ((corners - eye) @ camera.axes[2]).min() < 0.005:            # behind the lens: look everywhere
             rows, cols = slice(0, h), slice(0, w)
         else:
             rows, cols = _window(camera.project(corners, h, w), h, w)
         dirs = rays[rows, cols]
         if dirs.size == 0:
             continue
-        t, shade = _hit(solid, pose, at, eye, dirs.reshape(-1, 3))
+        t, shade = _hit(solid, pose, at, eye, dirs.reshape(-1, 3))      # (n,), (n,)
         near = (t < depth[rows, cols].reshape(-1)).reshape(dirs.shape[:2])
         depth[rows, cols][near] = t.reshape(near.shape)[near]
         colour[rows, cols][near] = shade.reshape(near.shape)[near][:, None] * np.array(paint, float)
@@ -192,11 +217,10 @@ def render(parts, camera, h, w):
     return np.rint(np.clip(colour, 0, 255)).astype(np.uint8), depth.astype(np.float32), owner
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The world: objects, the gripper, kinematic contact, tasks
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The world: objects, the gripper, kinematic contact, tasks --------------------------------------------
+
 class Shape(NamedTuple):
-    """What the contact rules need to know of a shape [m]."""
+    """What the contact rules need to know of a shape, lengths in [m]."""
     solid: Solid
     height: float
     radius: float                # of the circle that stands for it when pushed
@@ -211,33 +235,40 @@ SHAPES = {
     "pyramid": Shape(frustum(4, 0.031, 0.002, 0.056), 0.056, 0.029, 0.036, False),
     "bar": Shape(cuboid(0.100, 0.030, 0.034), 0.034, 0.028, 0.030, False),
 }
-PLATE = (frustum(16, 0.058, 0.064, 0.010), 0.010)                          # solid, height of its upper face
-BOX_IN, BOX_WALL, BOX_FLOOR = 0.120, 0.028, 0.008                          # inner edge, height of the walls, floor [m]
+PLATE = (frustum(16, 0.058, 0.064, 0.010), 0.010)                     # solid, height of its upper face [m]
+BOX_IN, BOX_WALL, BOX_FLOOR = 0.120, 0.028, 0.008                     # inner edge, height of walls, floor [m]
 BOX_PARTS = [(cuboid(BOX_IN, BOX_IN, BOX_FLOOR), (0, 0, BOX_FLOOR / 2))] + [
     (cuboid(*((0.008, BOX_IN + 0.016) if i else (BOX_IN + 0.016, 0.008)), BOX_WALL),
-     (i * (BOX_IN / 2 + 0.004), j * (BOX_IN / 2 + 0.004), BOX_WALL / 2)) for i, j in ((1, 0), (-1, 0), (0, 1), (0, -1))]
-CONTAINERS = {"plate": 0.066, "box": 0.072}                                # radius kept free around it [m]
-REACH = np.array([[-0.18, -0.20, 0.012], [0.18, 0.20, 0.26]])              # of the point between the finger tips [m]
-FIELD = np.array([[-0.15, -0.17], [0.15, 0.17]])                           # where objects start [m]
-MAX_GAP, FINGER_SPEED, FINGER_RADIUS = 0.084, 0.042, 0.009                 # [m], [m per step], [m]
-MAX_DELTA, MAX_TURN = 0.05, 0.35                                           # an action is clipped to this [m], [rad]
-THIRD = dict(eye=(-0.30, 0.0, 0.50), target=(0.022, 0.0, 0.035), fov=0.76)
-STEPS = {"pick": 40, "put": 60, "push": 50, "stack": 60, "turn": 50, "side": 60}                 # limit per episode
+     (i * (BOX_IN / 2 + 0.004), j * (BOX_IN / 2 + 0.004), BOX_WALL / 2))
+    for i, j in ((1, 0), (-1, 0), (0, 1), (0, -1))]                   # floor and four walls: (solid, centre)
+CONTAINERS = {"plate": 0.066, "box": 0.072}                           # radius kept free around it [m]
+FINGER_SOLID, PALM_SOLID = cuboid(0.020, 0.014, 0.064), cuboid(0.032, 0.112, 0.024)
+STEM_SOLID = cuboid(0.026, 0.026, 0.114)
+REACH = np.array([[-0.18, -0.20, 0.012], [0.18, 0.20, 0.26]])         # of the point between finger tips [m]
+FIELD = np.array([[-0.15, -0.17], [0.15, 0.17]])                      # where objects start [m]
+MAX_GAP, FINGER_SPEED, FINGER_RADIUS = 0.084, 0.042, 0.009            # [m], [m per step], [m]
+MAX_DELTA, MAX_TURN = 0.05, 0.35                                      # an action is clipped to it [m], [rad]
+THIRD = dict(eye=(-0.30, 0.0, 0.50), target=(0.022, 0.0, 0.035), fov=0.76)                # [m], [m], [rad]
+STEPS = {"pick": 40, "put": 60, "push": 50, "stack": 60, "turn": 50, "side": 60}          # limit per episode
 
-# Phrasings: the last of each family is never shown in training (split "hard" uses only that one).
+# Phrasings. The last of each family is held out: the split "hard" uses only that one, and no other split it.
 PHRASES = {
     "pick": ("pick up the {x}", "lift the {x}", "grab the {x}", "take the {x} off the table"),
     "put": ("put the {x} {on} the {y}", "place the {x} {on} the {y}", "move the {x} {on}to the {y}",
             "set the {x} down {on} the {y}"),
-    "push": ("push the {x} to the {side}", "slide the {x} to the {side}", "push the {x} {side}", "shove the {x} to the {side}"),
+    "push": ("push the {x} to the {side}", "slide the {x} to the {side}", "push the {x} {side}",
+             "shove the {x} to the {side}"),
     "stack": ("stack the {x} on the {y}", "put the {x} on top of the {y}", "place the {x} on top of the {y}",
               "pile the {x} on the {y}"),
     "turn": ("turn the {x} {side}", "rotate the {x} {side}", "spin the {x} {side}", "twist the {x} {side}"),
-    "side": ("put the {side} {x} {on} the {y}", "place the {side} {x} {on} the {y}", "move the {side} {x} {on}to the {y}",
-             "set the {side} {x} down {on} the {y}"),
+    "side": ("put the {side} {x} {on} the {y}", "place the {side} {x} {on} the {y}",
+             "move the {side} {x} {on}to the {y}", "set the {side} {x} down {on} the {y}"),
 }
-HELD_OUT = (("red", "ball"), ("green", "bar"), ("blue", "pyramid"), ("purple", "cube"), ("orange", "cylinder"))
-SPLITS = ("train", "val", "eval", "pretrain", "hard")                      # disjoint ranges of a million seeds each
+# The split "hard" asks for these, which no other split (and no distractor of any) ever shows.
+HELD_OUT = (("red", "ball"), ("green", "bar"), ("blue", "pyramid"), ("purple", "cube"),
+            ("orange", "cylinder"))
+SPLITS = ("train", "val", "eval", "pretrain", "hard")                 # disjoint: a million seeds each
+OTHER = {"left": "right", "right": "left", "": ""}
 
 
 def seeds(split, n, start=0):
@@ -245,17 +276,17 @@ def seeds(split, n, start=0):
     if split not in SPLITS:
         raise ValueError(f"split={split!r}: the tabletop has {', '.join(SPLITS)}.")
     if not 0 <= start <= start + n <= 1_000_000:
-        raise ValueError(f"{n} seeds from {start} on: a split has 1,000,000.")
+        raise ValueError(f"{n} seeds from {start} on: a split has 1,000,000, numbered from 0.")
     base = SPLITS.index(split) * 1_000_000
     return list(range(base + start, base + start + n))
 
 
 class Thing:
-    """One object or container: colour and shape (a container's shape is its name), position of its base, yaw."""
+    """One object or container: colour, shape (a container's is its name), position of its base, yaw [rad]."""
 
     def __init__(self, colour, shape, xy, yaw):
         self.colour, self.shape, self.yaw = colour, shape, yaw
-        self.at = np.array([xy[0], xy[1], 0.0])                            # centre of its lower face [m]
+        self.at = np.array([xy[0], xy[1], 0.0])                       # centre of its lower face [m]
         self.movable = shape in SHAPES
 
     @property
@@ -271,98 +302,137 @@ class Thing:
     @property
     def top(self):
         """Height [m] of its upper face (of a container: of the face that carries)."""
-        return self.at[2] + (SHAPES[self.shape].height if self.movable else {"plate": PLATE[1], "box": BOX_FLOOR}[self.shape])
+        height = {"plate": PLATE[1], "box": BOX_FLOOR}.get(self.shape)
+        return self.at[2] + (SHAPES[self.shape].height if self.movable else height)
+
+    def carries(self, at):
+        """Is the point `at` (3,) [m], whatever its height, above the part of this thing that carries?"""
+        off = np.abs(rotation(0, 0, self.yaw).T[:2, :2] @ (at - self.at)[:2])
+        if self.shape == "box":
+            return off.max() < BOX_IN / 2
+        return np.hypot(*off) < (0.062 if self.shape == "plate" else 0.024)
 
 
 # A second body shows that nothing else assumes seven numbers: map an action of yours to the seven above.
 EMBODIMENTS = {
-    "gripper": (7, lambda a: a),                                           # dx dy dz droll dpitch dyaw gripper
-    "gantry": (4, lambda a: np.array([*a[:3], 0, 0, 0, a[3]])),            # dx dy dz gripper
+    "gripper": (7, lambda a: a),                                      # dx dy dz droll dpitch dyaw gripper
+    "gantry": (4, lambda a: np.array([*a[:3], 0, 0, 0, a[3]])),       # dx dy dz gripper
 }
 
 
 class Tabletop:
     """The environment, with Gymnasium's reset and step.
 
-    families: which tasks may come; split: which seeds, colour-shape pairs, phrasings and camera are meant; views: cameras
-    to render, of "third" and "wrist"; image_size: height = width in pixels, or (h, w); embodiment: a key of EMBODIMENTS.
+    families: which tasks may come; split: which colour-shape pairs, phrasings and camera ("hard": held-out
+    ones); views: cameras to render, of "third" and "wrist"; image_size: height = width in pixels, or (h, w);
+    embodiment: a key of EMBODIMENTS. ValueError for unknown names.
+
+    After `reset`: things (list of Thing); the task: family, x, y (Things; y may be None), side, instruction;
+    the gripper: tcp (3,) [m], the point between the finger tips, rpy (3,) [rad], gap [m] between the fingers,
+    held: None or (Thing, its place (3,) [m] and yaw [rad] in the gripper's frame); count: steps played.
     """
 
-    def __init__(self, families=DEFAULT_FAMILIES, split="train", views=("third",), image_size=64, embodiment="gripper"):
-        for asked, known, what in ((families, FAMILIES, "families"), (views, VIEWS, "views"),
+    def __init__(self, families=DEFAULT_FAMILIES, split="train", views=("third",), image_size=64,
+                 embodiment="gripper"):
+        for names, known, what in ((families, FAMILIES, "families"), (views, VIEWS, "views"),
                                    ((split,), SPLITS, "split"), ((embodiment,), EMBODIMENTS, "embodiment")):
-            if wrong := [a for a in asked if a not in known]:
-                raise ValueError(f"{what} {', '.join(map(repr, wrong))}: the tabletop knows {', '.join(known)}.")
+            if wrong := [name for name in names if name not in known]:
+                asked = ", ".join(map(repr, wrong))
+                raise ValueError(f"{what} {asked}: the tabletop knows {', '.join(known)}.")
         self.families, self.split, self.views = tuple(families), split, tuple(views)
         self.h, self.w = (image_size, image_size) if np.isscalar(image_size) else image_size
+        if not self.families:
+            raise ValueError(f"no task family was given; name at least one of {', '.join(FAMILIES)}.")
+        if min(self.h, self.w) < 1:
+            raise ValueError(f"image_size={image_size}: a picture has at least one pixel.")
         self.action_dim, self.to_seven = EMBODIMENTS[embodiment]
+        self.rng = np.random.default_rng()
 
-    # -- Gymnasium's two verbs
+    # -- Gymnasium's two verbs, each also without a picture
     def reset(self, seed=None, options=None):
-        """Lay out the scene of this seed. options["family"] fixes the task's family. Returns (observation, info)."""
-        seed = int(np.random.default_rng().integers(1_000_000)) if seed is None else int(seed)
-        self.seed, self.rng = seed, np.random.default_rng([VERSION, seed])
-        self.family = (options or {}).get("family") or self.families[self.rng.integers(len(self.families))]
-        self.max_steps = STEPS[self.family]
-        while not self._layout():                                          # about one draw in ten does not fit
-            pass
-        self.tcp = np.array([*self.rng.uniform(*REACH[:, :2] * 0.85), self.rng.uniform(0.12, 0.19)])
-        self.rpy, self.gap, self.held, self.grip_yaw = np.zeros(3), MAX_GAP, None, 0.0
-        self.rpy[2] = self.rng.uniform(-0.15, 0.15)
-        self.count, self.start = 0, {id(t): (t.at.copy(), t.yaw) for t in self.things}
-        self.lifted = False                                                # was X ever carried? (a push must not be)
-        shift = 0.2 if self.split == "hard" else 0.0                       # the held-out camera stands 0.2 rad to the side
-        eye = rotation(0, 0, shift) @ np.array(THIRD["eye"])
-        self.third = Camera.look_at(eye, THIRD["target"], THIRD["fov"])
+        """Lay out the scene of this seed. Returns (observation, info).
+
+        seed: one of `seeds(split, ...)`; None: the next one at random, of this split. options["family"] fixes
+        the family of the task.
+        """
+        self.lay_out(seed, options)
         return self.observe(), self.info()
 
+    def lay_out(self, seed=None, options=None):
+        """`reset` without a picture."""
+        family = (options or {}).get("family")
+        if family not in (None, *FAMILIES):
+            raise ValueError(f"options: family {family!r}; the tabletop knows {', '.join(FAMILIES)}.")
+        seed = seeds(self.split, 1, int(self.rng.integers(1_000_000)))[0] if seed is None else int(seed)
+        self.seed, self.rng = seed, np.random.default_rng([VERSION, seed])
+        self.family = family or self.families[self.rng.integers(len(self.families))]
+        self.max_steps = STEPS[self.family]
+        while not self._draw_scene():                                 # one in eight does not fit; for "push",
+            pass                                                      # which needs room, three in four
+        self.tcp = np.array([*self.rng.uniform(*REACH[:, :2] * 0.85), self.rng.uniform(0.12, 0.19)])
+        self.rpy, self.gap, self.held = np.zeros(3), MAX_GAP, None
+        self.rpy[2] = self.rng.uniform(-0.15, 0.15)
+        self.count, self.start = 0, {id(t): (t.at.copy(), t.yaw) for t in self.things}
+        self.move = np.zeros(2)                                       # of the last quarter step [m]
+        self.lifted = False                                           # was X carried? (pushing is not that)
+        shift = 0.2 if self.split == "hard" else 0.0                  # held-out camera: 0.2 rad to the side
+        eye = rotation(0, 0, shift) @ np.array(THIRD["eye"])
+        self.third = Camera.look_at(eye, THIRD["target"], THIRD["fov"])
+
     def step(self, action):
-        """Play one action (action_dim,). Returns (observation, reward, terminated, truncated, info); reward 1 = success."""
+        """Play one action (action_dim,). Returns (observation, reward, terminated, truncated, info).
+
+        reward is 1.0 in the step that succeeds, which terminates; the step limit truncates.
+        """
         self.advance(action)
         done = self.success()
         return self.observe(), float(done), done, self.count >= self.max_steps and not done, self.info()
 
     def advance(self, action):
-        """`step` without a picture: move, push, grasp, drop."""
+        """`step` without a picture: move, push, grasp, drop. Motion beyond MAX_DELTA, MAX_TURN is clipped."""
         action = np.asarray(action, float)
         if action.shape != (self.action_dim,) or not np.isfinite(action).all():
-            raise ValueError(f"action of shape {action.shape}: this body takes {self.action_dim} finite numbers.")
-        action = self.to_seven(action)
+            found = f"shape {action.shape}" if action.shape != (self.action_dim,) else action.tolist()
+            raise ValueError(f"an action of {found}: this body takes {self.action_dim} finite numbers.")
+        action = self.to_seven(action)                                # (7,)
         before, self.count = self.tcp.copy(), self.count + 1
         turn = np.clip(action[3:6], -MAX_TURN, MAX_TURN)
-        self.rpy = np.clip(self.rpy + turn, [-0.5, -0.5, -1.7], [0.5, 0.5, 1.7])
-        for part in range(1, 5):                                           # quarter steps: nothing is jumped over
+        self.rpy = np.clip(self.rpy + turn, [-0.5, -0.5, -1.7], [0.5, 0.5, 1.7])         # the wrist's limits
+        for part in range(1, 5):                                      # quarter steps: nothing is jumped over
+            last = self.tcp[:2]
             self.tcp = np.clip(before + np.clip(action[:3], -MAX_DELTA, MAX_DELTA) * part / 4, *REACH)
+            self.move = self.tcp[:2] - last
             self._carry()
             self._push()
         self._fingers(action[6] > 0.5)
 
     def observe(self):
-        """The observation: images {view: uint8 (h, w, 3)}, state (8,) float32, instruction."""
+        """The observation: images {view: uint8 (h, w, 3)}, state (8,) float32 (top of file), instruction."""
         roll, pitch, yaw = self.rpy
         state = np.array([*self.tcp, roll, pitch, yaw, self.gap / 2, self.gap / 2], np.float32)
-        return {"images": {v: self.picture(v)[0] for v in self.views}, "state": state, "instruction": self.instruction}
+        return {"images": {v: self.picture(v)[0] for v in self.views}, "state": state,
+                "instruction": self.instruction}
 
     def info(self):
-        """success, family, the names of the scene's things, X's and Y's among them, and the step count."""
+        """success, family, names of all things in the scene, of X and of Y ("": none), side, steps played."""
         return {"success": self.success(), "family": self.family, "objects": [t.name for t in self.things],
                 "x": self.x.name, "y": self.y.name if self.y else "", "side": self.side, "steps": self.count}
 
     # -- the scene
-    def _layout(self):
+    def _draw_scene(self):
         """Draw objects, containers, the task and its words; False when they do not fit."""
         rng, hard = self.rng, self.split == "hard"
         pairs = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT]
-        picked = [pairs[i] for i in rng.permutation(len(pairs))[:rng.integers(3, 5)]]
+        picked = [pairs[i] for i in rng.permutation(len(pairs))[:rng.integers(3, 5)]]     # X, distractors
         targets = {"turn": ["bar"], "side": [s for s in SHAPES if s != "bar"]}.get(self.family, list(SHAPES))
         pool = [p for p in (HELD_OUT if hard else pairs) if p[1] in targets]
         picked[0] = pool[rng.integers(len(pool))]
-        if self.family == "stack":                                         # Y: something with a flat top
+        if self.family == "stack":                                    # Y: something with a flat top
             flat = [p for p in pairs if SHAPES[p[1]].flat]
             picked[1] = flat[rng.integers(len(flat))]
         if len(set(picked)) < len(picked):
             return False
-        if self.family == "side":                                          # X's twin
+        if self.family == "side":                                     # X's twin
             picked = [picked[0]] + picked[:3]
         bins = ["plate", "box"] if rng.random() < 0.25 else [("plate", "box")[rng.integers(2)]]
         self.things = []
@@ -376,10 +446,10 @@ class Tabletop:
                 return False
             yaw = rng.uniform(-0.3, 0.3) if shape in ("bar", "box") else rng.uniform(-np.pi, np.pi)
             self.things.append(Thing(colour, shape, xy, yaw))
-        return self._task()
+        return self._draw_task()
 
-    def _task(self):
-        """Choose X, Y, the side and the words. X is things[0] (or its twin)."""
+    def _draw_task(self):
+        """Choose X (things[0], or its twin), Y, the side and the words; False when the scene does not fit."""
         rng, bins = self.rng, [t for t in self.things if not t.movable]
         self.x, self.y, self.side = self.things[0], None, ""
         if self.family in ("put", "side"):
@@ -394,18 +464,18 @@ class Tabletop:
             self.side = ("left", "right")[rng.integers(2)]
         if self.family == "side":
             first, second = self.things[:2]
-            if abs(first.at[1] - second.at[1]) < 0.06:
+            if abs(first.at[1] - second.at[1]) < 0.06:                # which is the left one must be visible
                 return False
             self.side = ("left", "right")[rng.integers(2)]
             self.x = max(first, second, key=lambda t: t.at[1] * (1 if self.side == "left" else -1))
         phrases = PHRASES[self.family]
         self.phrase = phrases[-1] if self.split == "hard" else phrases[rng.integers(len(phrases) - 1)]
-        self.instruction = self._words(self.x)
+        self.instruction = self._words(self.x, self.side)
         return True
 
-    def _words(self, x):
+    def _words(self, x, side):
         y = self.y.name if self.y else ""
-        return self.phrase.format(x=x.name, y=y, side=self.side, on="in" if y == "box" else "on")
+        return self.phrase.format(x=x.name, y=y, side=side, on="in" if y == "box" else "on")
 
     def _corridor(self, x, side):
         """Is there room to come from the other side and push x by 12 cm?"""
@@ -416,19 +486,19 @@ class Tabletop:
                    or not -0.085 < (t.at[1] - x.at[1]) * s < 0.13 + t.radius + x.radius for t in self.things)
 
     def swap(self):
-        """A control: the instruction names another object of the scene, success is still judged on X."""
+        """A control: change the instruction, not the task. It names another object of the scene instead of X.
+
+        In the families "turn" (only bars are turned) and "side" (equal objects) it names the other side.
+        """
+        if self.family in ("turn", "side"):
+            self.instruction = self._words(self.x, OTHER[self.side])
+            return
         others = [t for t in self.things if t.movable and t.name != self.x.name and t is not self.y]
-        if self.family == "turn":                                          # only bars are turned: swap the side instead
-            self.instruction = self.phrase.format(x=self.x.name, y="", side={"left": "right", "right": "left"}[self.side])
-        elif self.family == "side":
-            self.instruction = self.phrase.format(x=self.x.name, y=self.y.name, on="in" if self.y.name == "box" else "on",
-                                                  side={"left": "right", "right": "left"}[self.side])
-        else:
-            self.instruction = self._words(others[self.seed % len(others)])
+        self.instruction = self._words(others[self.seed % len(others)], self.side)
 
     # -- contact
     def _carry(self):
-        """What is held moves and turns with the gripper."""
+        """What is held moves with the gripper, and turns about the vertical with it; it stays upright."""
         if self.held is not None:
             thing, offset, yaw = self.held
             turn = rotation(0, 0, self.rpy[2])
@@ -436,8 +506,8 @@ class Tabletop:
             self.lifted |= thing is self.x and thing.at[2] > 0.02
 
     def _tools(self):
-        """Circles that push: (centre xy, radius, lowest z)."""
-        axis = np.array([-np.sin(self.rpy[2]), np.cos(self.rpy[2])])       # fingers open along the gripper's y
+        """Circles that push: (centre (2,), radius, lowest z) [m] of both fingers and of what they hold."""
+        axis = np.array([-np.sin(self.rpy[2]), np.cos(self.rpy[2])])  # fingers open along the gripper's y
         reach = self.gap / 2 + 0.007
         tools = [(self.tcp[:2] + s * reach * axis, FINGER_RADIUS, self.tcp[2] - 0.010) for s in (-1, 1)]
         if self.held is not None:
@@ -452,17 +522,26 @@ class Tabletop:
             for centre, radius, low in self._tools():
                 away = thing.at[:2] - centre
                 overlap = thing.radius + radius - np.hypot(*away)
-                if overlap > 0 and thing.at[2] <= low + 1e-9 + (0.02 if low < 0.02 else 0) and low < thing.top - 0.004:
-                    thing.at[:2] += away / max(np.hypot(*away), 1e-6) * overlap
+                # the tool's lower end is between the thing's base and its top; near the table it may also be
+                # a little below the base (of something in the box)
+                reached = thing.at[2] <= low + 1e-9 + (0.02 if low < 0.02 else 0) and low < thing.top - 0.004
+                if overlap > 0 and reached:
+                    # what is pushed goes where the tool goes (friction), else straight away from it
+                    along, speed = away @ self.move, np.hypot(*self.move)
+                    if speed > 1e-4 and along > 0.3 * speed * np.hypot(*away):
+                        far = np.sqrt((along / speed) ** 2 + (thing.radius + radius) ** 2 - away @ away)
+                        thing.at[:2] += self.move / speed * (far - along / speed)
+                    else:
+                        thing.at[:2] += away / max(np.hypot(*away), 1e-6) * overlap
                     moved.append(thing)
-        for thing in moved:                                                # one round of object against object
+        for thing in moved:                                           # one round of object against object
             for other in free:
                 away = other.at[:2] - thing.at[:2]
                 overlap = thing.radius + other.radius - np.hypot(*away)
                 if other is not thing and overlap > 0 and abs(other.at[2] - thing.at[2]) < 0.01:
                     other.at[:2] += away / max(np.hypot(*away), 1e-6) * overlap
         for thing in moved:
-            thing.at[:2] = np.clip(thing.at[:2], [-0.24, -0.26], [0.24, 0.26])
+            thing.at[:2] = np.clip(thing.at[:2], [-0.24, -0.26], [0.24, 0.26])           # not over the edge
             thing.at[2] = self._support(thing)
 
     def _fingers(self, opening):
@@ -479,60 +558,65 @@ class Tabletop:
         for thing in self.things:
             if not thing.movable:
                 continue
-            local = (thing.at - self.tcp) @ turn                           # in the gripper's frame
-            between = abs(local[1]) < self.gap / 2 and abs(local[0]) < 0.024
-            if between and thing.at[2] - 0.004 <= self.tcp[2] <= thing.top - 0.002 and not self._covered(thing):
+            local = (thing.at - self.tcp) @ turn                      # in the gripper's frame
+            between = abs(local[1]) < self.gap / 2 and abs(local[0]) < 0.034
+            level = thing.at[2] - 0.004 <= self.tcp[2] <= thing.top + 0.006   # the tips reach 1 cm below
+            if between and level and not self._covered(thing):
                 width = SHAPES[thing.shape].width
                 self.gap = max(self.gap - FINGER_SPEED, width)
+                local[1] = np.clip(local[1], (width - self.gap) / 2, (self.gap - width) / 2)  # centred
+                thing.at = self.tcp + turn @ local
                 if self.gap <= width + 1e-9:
-                    local[1] = 0                                           # the fingers centre it
                     self.held = (thing, local, thing.yaw - self.rpy[2])
                     self._carry()
                 return
         self.gap = max(self.gap - FINGER_SPEED, 0.0)
 
     def _covered(self, thing):
+        """Does another object lie on this one?"""
         return any(t is not thing and t.movable and t.at[2] > thing.at[2] + 0.01
                    and np.hypot(*(t.at - thing.at)[:2]) < 0.03 for t in self.things)
 
     def _support(self, thing):
-        """Height of what lies below the centre of `thing`."""
+        """Height [m] of what lies below the centre of `thing`."""
         below = 0.0
         for t in self.things:
             if t is thing or (self.held is not None and t is self.held[0]) or t.top > thing.at[2] + 0.02:
                 continue
-            off = np.abs(rotation(0, 0, t.yaw).T[:2, :2] @ (thing.at - t.at)[:2])
-            inside = {"plate": np.hypot(*off) < 0.062, "box": off.max() < BOX_IN / 2}.get(t.shape, np.hypot(*off) < 0.024)
-            if inside and (not t.movable or SHAPES[t.shape].flat):
+            if (not t.movable or SHAPES[t.shape].flat) and t.carries(thing.at):
                 below = max(below, t.top)
         return below
 
     def success(self):
-        """Is the task's predicate true of the present state?"""
+        """Is the task's predicate true of the present state?
+
+        pick: X is held, 5 cm above the table. All others want X released: push: 6 cm further to the side, not
+        lifted, less than 5 cm off the line; turn: by 0.7 rad, on the table; put, stack, side: it lies on Y.
+        """
         x, y, held = self.x, self.y, self.held is not None and self.held[0] is self.x
-        (x0, yaw0) = self.start[id(x)]
+        (x0, yaw0), s = self.start[id(x)], 1 if self.side == "left" else -1
         if self.family == "pick":
             return bool(held and x.at[2] > 0.05)
         if held:
             return False
         if self.family == "push":
-            s, moved = (1 if self.side == "left" else -1), x.at - x0
-            return bool(moved[1] * s > 0.08 and abs(moved[0]) < 0.05 and not self.lifted)
+            moved = x.at - x0
+            return bool(moved[1] * s > 0.06 and abs(moved[0]) < 0.05 and not self.lifted)
         if self.family == "turn":
             turned = (x.yaw - yaw0 + np.pi) % (2 * np.pi) - np.pi
-            return bool(turned * (1 if self.side == "left" else -1) > 0.7 and x.at[2] < 0.01)
-        on = abs(x.at[2] - y.top) < 0.004
-        off = np.abs(rotation(0, 0, y.yaw).T[:2, :2] @ (x.at - y.at)[:2])
-        return bool(on and {"plate": np.hypot(*off) < 0.062, "box": off.max() < BOX_IN / 2}.get(y.shape, np.hypot(*off) < 0.024))
+            return bool(turned * s > 0.7 and x.at[2] < 0.01)
+        return bool(abs(x.at[2] - y.top) < 0.004 and y.carries(x.at))
 
     # -- pictures
     def camera(self, view):
-        """The Camera of a view, as it stands now."""
+        """The Camera of a view ("third" or "wrist"), as it stands now."""
+        if view not in VIEWS:
+            raise ValueError(f"view {view!r}: the tabletop knows {', '.join(VIEWS)}.")
         if view == "third":
             return self.third
         turn = rotation(*self.rpy)
-        eye = self.tcp + turn @ np.array([-0.085, 0.0, 0.050])
-        return Camera.look_at(eye, self.tcp + turn @ np.array([-0.004, 0.0, -0.030]), 1.3, up=turn @ np.array([1.0, 0, 0.2]))
+        eye, target = (self.tcp + turn @ np.array(at) for at in ([-0.085, 0.0, 0.050], [-0.004, 0.0, -0.030]))
+        return Camera.look_at(eye, target, 1.3, up=turn @ np.array([1.0, 0, 0.2]))
 
     def parts(self):
         """What there is to draw, for `render`; owner = index into self.things, 100 = the gripper."""
@@ -545,7 +629,8 @@ class Tabletop:
             elif t.shape == "plate":
                 parts.append((i, PLATE[0], turn, t.at + [0, 0, PLATE[1] / 2], NEUTRAL["plate"]))
             else:
-                parts += [(i, solid, turn, t.at + turn @ np.array(at), NEUTRAL["box"]) for solid, at in BOX_PARTS]
+                parts += [(i, solid, turn, t.at + turn @ np.array(at), NEUTRAL["box"])
+                          for solid, at in BOX_PARTS]
         turn = rotation(*self.rpy)
         for solid, at, colour in ((FINGER_SOLID, (0, self.gap / 2 + 0.007, 0.022), FINGER),
                                   (FINGER_SOLID, (0, -self.gap / 2 - 0.007, 0.022), FINGER),
@@ -554,20 +639,17 @@ class Tabletop:
         return parts
 
     def picture(self, view, h=None, w=None):
-        """(rgb uint8 (h, w, 3), depth float32 (h, w) [m], owner int16 (h, w)) of one view."""
+        """rgb uint8 (h, w, 3), depth float32 (h, w) [m], owner int16 (h, w) of one view, as from `render`."""
         return render(self.parts(), self.camera(view), h or self.h, w or self.w)
 
 
-FINGER_SOLID, PALM_SOLID, STEM_SOLID = cuboid(0.020, 0.014, 0.064), cuboid(0.032, 0.112, 0.024), cuboid(0.026, 0.026, 0.114)
+# ---- The expert: one action from the present state, no memory; what a policy must learn to see ------------
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The expert: one action from the present state, no memory; what a policy must learn to see
-# ---------------------------------------------------------------------------------------------------------------------
 HOVER = 0.105                    # fingers pass above everything on the table [m]
 
 
 def _toward(env, xy, z, gripper, yaw=0.0, speed=0.04):
-    """The action that moves the gripper towards a pose, at most `speed` [m] and 0.3 [rad] per step."""
+    """The action (7,) that moves the gripper towards a pose, at most `speed` [m] and 0.3 [rad] per step."""
     flat = np.asarray(xy, float) - env.tcp[:2]
     flat *= min(1.0, speed / max(np.hypot(*flat), 1e-9))
     tilt = np.clip([-env.rpy[0], -env.rpy[1], yaw - env.rpy[2]], -0.3, 0.3)
@@ -576,17 +658,18 @@ def _toward(env, xy, z, gripper, yaw=0.0, speed=0.04):
 
 def _grasp(env, x):
     """Come down over x and close."""
-    if env.held is not None:                                               # something else is in the hand: put it down
+    if env.held is not None:                                          # something else is in the hand
         return _toward(env, env.tcp[:2], env.tcp[2] + 0.04, 1), "let go"
     off = np.hypot(*(x.at[:2] - env.tcp[:2]))
     grasp_z = max(x.at[2] + SHAPES[x.shape].height * 0.45, REACH[0, 2] + 0.006)
     closing = env.gap < MAX_GAP - 1e-6
     if off < 0.013 and abs(env.tcp[2] - grasp_z) < 0.012:
         return _toward(env, x.at[:2], grasp_z, 0), f"close the gripper on the {x.name}"
-    if off > 0.03 and env.tcp[2] < x.top + 0.022 or closing and env.tcp[2] < x.top + 0.022:      # low and beside it: rise
+    if (off > 0.03 or closing) and env.tcp[2] < x.top + 0.022:        # too low to get there: rise
         return _toward(env, env.tcp[:2], HOVER, 1), f"move above the {x.name}"
-    z = grasp_z + np.clip((off - 0.012) * 3.5, 0, HOVER - grasp_z)         # a funnel: lower the closer
-    return _toward(env, x.at[:2], z, 1), f"move above the {x.name}" if off > 0.03 else f"reach for the {x.name}"
+    z = grasp_z + np.clip((off - 0.012) * 3.5, 0, HOVER - grasp_z)    # a funnel: lower the closer
+    subtask = f"move above the {x.name}" if off > 0.03 else f"reach for the {x.name}"
+    return _toward(env, x.at[:2], z, 1), subtask
 
 
 def _release(env, x, y):
@@ -594,7 +677,7 @@ def _release(env, x, y):
     off = np.hypot(*(y.at[:2] - x.at[:2]))
     rim = {"box": BOX_WALL}.get(y.shape, y.top)
     goal = env.tcp[:2] + (y.at[:2] - x.at[:2])
-    low = y.top + 0.006 + env.tcp[2] - x.at[2]                             # the gripper's z when x is about to touch y
+    low = y.top + 0.006 + env.tcp[2] - x.at[2]                        # gripper's z with x just above y
     if off > 0.012:
         high = rim + 0.03 + env.tcp[2] - x.at[2]
         if env.tcp[2] < high - 0.02:
@@ -607,13 +690,14 @@ def _release(env, x, y):
 
 
 def _shove(env, x, side):
-    """Come down on the far side of x with closed fingers and push it by 10 cm."""
+    """Come down beside x with closed fingers, push it to `side` for as long as it takes."""
     s = 1.0 if side == "left" else -1.0
     if env.held is not None:
         return _toward(env, env.tcp[:2], env.tcp[2] + 0.02, 1), "let go"
     along, across = (env.tcp[1] - x.at[1]) * s, env.tcp[0] - x.at[0]
     behind = x.at[:2] - np.array([0, s * (x.radius + 0.034)])
-    if along < -(x.radius + 0.008) and abs(across) < 0.016 and env.tcp[2] < 0.034 and along > -(x.radius + 0.075):
+    in_line = -(x.radius + 0.075) < along < -(x.radius + 0.008) and abs(across) < 0.016
+    if in_line and env.tcp[2] < 0.034:
         goal = [x.at[0], env.tcp[1] + s * 0.035]
         return _toward(env, goal, 0.020, 0), f"push the {x.name} to the {side}"
     off = np.hypot(*(behind - env.tcp[:2]))
@@ -637,7 +721,7 @@ def expert(env):
     """The scripted expert: (action (7,) float64, sub-task sentence) for the present state of `env`."""
     x = env.x
     held = env.held is not None and env.held[0] is x
-    if env.success():                                                      # afterwards: move away, or hold it up
+    if env.success():                                                 # afterwards: move away, or hold it up
         if env.family == "pick":
             return _toward(env, env.tcp[:2], min(env.tcp[2] + 0.02, 0.20), 0), f"hold the {x.name}"
         return _toward(env, env.tcp[:2], HOVER + 0.03, env.family != "push", env.rpy[2]), "move away"
@@ -650,57 +734,64 @@ def expert(env):
     return _release(env, x, env.y) if held else _grasp(env, x)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Episodes of the expert, with mistakes to recover from
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Episodes of the expert, with mistakes to recover from ------------------------------------------------
+
 AFTER = 3                        # steps recorded after success, so that the end of the task is not cut short
-BUMP = 0.06                      # chance per step that something pushes the arm or twitches the gripper
+BUMP = 0.06                      # chance per step that something pushes the arm, for two steps
 
 
 def disturb(env, rng):
-    """Start somewhere in the middle: low, closed, turned, or with something already in the hand."""
+    """Start in the middle: low, closed, or with something in the hand; in 40 % of cases change nothing."""
     kind = rng.random()
-    if kind < 0.25:                                                        # anywhere, also low
+    if kind < 0.25:                                                   # anywhere, also low
         env.tcp = rng.uniform([*REACH[0, :2], 0.015], [*REACH[1, :2], 0.12])
         env.gap = rng.choice([0.0, MAX_GAP / 2, MAX_GAP])
         env._push()
-    elif kind < 0.45:                                                      # near X
+    elif kind < 0.45:                                                 # near X
         env.tcp = np.array([*(env.x.at[:2] + rng.normal(0, 0.03, 2)), rng.uniform(0.03, 0.10)])
         env.gap = rng.choice([0.0, MAX_GAP])
-    elif kind < 0.60:                                                      # holding X, or another object
+    elif kind < 0.60:                                                 # holding X, or another object
         movable = [t for t in env.things if t.movable]
         thing = env.x if rng.random() < 0.7 else movable[rng.integers(len(movable))]
         env.tcp = np.array([*thing.at[:2], thing.at[2] + SHAPES[thing.shape].height * 0.45])
         env.gap = SHAPES[thing.shape].width
-        env.held = (thing, np.array([*rng.normal(0, 0.006, 1), 0.0, thing.at[2] - env.tcp[2]]), thing.yaw - env.rpy[2])
+        place = np.array([*rng.normal(0, 0.006, 1), 0.0, thing.at[2] - env.tcp[2]])
+        env.held = (thing, place, thing.yaw - env.rpy[2])
         env.tcp = np.array([*rng.uniform(*REACH[:, :2] * 0.9), rng.uniform(0.05, 0.2)])
-        if env.family == "push" and thing is env.x:                        # carried: it could not succeed any more
+        if env.family == "push" and thing is env.x:                   # carried: it could not succeed any more
             env.held, thing.at = None, env.start[id(thing)][0].copy()
         env._carry()
     env.tcp = np.clip(env.tcp, *REACH)
 
 
-def record_episode(seed, families=DEFAULT_FAMILIES, split="train", views=("third",), image_size=64, clean=False):
-    """One episode of the expert, recoveries included (`clean`: none), as arrays.
+def record_episode(seed, families=DEFAULT_FAMILIES, split="train", views=("third",), image_size=64,
+                   clean=False):
+    """One episode of the expert, recoveries included (`clean`: none), as arrays of N frames.
 
-    Returns images {view: uint8 (N, h, w, 3)}, state float32 (N, 8), actions float32 (N, 7): what the expert would do at each
-    frame, executed float32 (N, 7): what was done (they differ where the arm was bumped), instruction, family, subtasks
-    (N strings), waypoints float32 (N, 5, 2): in image coordinates [0, 1] of the third-person view, X's contact point and four
-    points of its path from there on, success, seed.
+    The arguments are those of Tabletop and its `reset`. Returns a dict:
+    images      {view: uint8 (N, h, w, 3)}
+    state       float32 (N, 8)
+    actions     float32 (N, 7)        what the expert would do at each frame
+    executed    float32 (N, 7)        what was done; it differs where the arm was bumped
+    subtasks    N strings             what the expert is doing
+    waypoints   float32 (N, 5, 2)     x right, y down, [0, 1] of the third-person picture (beyond: outside):
+                                      X's middle at contact (or now, if that is past) and four later points of
+                                      its path, equally spaced in time, the last at the end of the episode
+    instruction, family, success, seed
     """
     env = Tabletop(families, split, views, image_size)
-    env.reset(seed)
+    env.lay_out(seed)
     rng = np.random.default_rng([VERSION, seed, 1])
     if not clean:
         disturb(env, rng)
     frames, states, actions, executed, subtasks, path = {v: [] for v in views}, [], [], [], [], []
     left, bump = AFTER, 0
-    while left and env.count < env.max_steps * 2:
+    while left and env.count < env.max_steps * 2:                     # a recovery may take longer
         seen = env.observe()
         action, subtask = expert(env)
         done = action.copy()
         bump = bump - 1 if bump else 2 * (not clean and rng.random() < BUMP)
-        if bump:
+        if bump:                                                      # a push; one in ten: the gripper too
             done[:3] += rng.normal(0, 0.02, 3)
             done[6] = 1 - done[6] if rng.random() < 0.1 else done[6]
         for v in views:
@@ -712,26 +803,63 @@ def record_episode(seed, families=DEFAULT_FAMILIES, split="train", views=("third
         path.append(env.x.at + [0, 0, SHAPES[env.x.shape].height / 2])
         env.advance(done)
         left -= bool(env.success() or left < AFTER)
-    N = len(actions)
-    moved = np.linalg.norm(np.array(path) - path[0], axis=1) > 0.004
+    N, path = len(actions), np.array(path)                            # (N, 3)
+    moved = np.linalg.norm(path - path[0], axis=1) > 0.004
     contact = int(moved.argmax()) if moved.any() else N - 1
-    spots = np.array([np.linspace(max(t, contact), N - 1, 5).round().astype(int) for t in range(N)])        # (N, 5)
-    waypoints = env.third.project(np.array(path)[spots], 1, 1)                                              # (N, 5, 2)
+    spots = [np.linspace(max(t, contact), N - 1, 5).round().astype(int) for t in range(N)]
+    aspect = env.w / env.h
+    waypoints = env.third.project(path[np.array(spots)], 1, aspect) / [aspect, 1]           # (N, 5, 2)
     return {"images": {v: np.stack(frames[v]) for v in views}, "state": np.array(states, np.float32),
             "actions": np.array(actions, np.float32), "executed": np.array(executed, np.float32),
             "instruction": env.instruction, "family": env.family, "subtasks": subtasks,
             "waypoints": waypoints.astype(np.float32), "success": env.success(), "seed": seed}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation: many episodes at once, one batched inference for all that need a chunk
-# ---------------------------------------------------------------------------------------------------------------------
+def recordings(source, families=DEFAULT_FAMILIES, split="eval", episodes=200):
+    """(families, split, episode) of up to `episodes` recordings, where episode has seed, executed, state.
+
+    source: "tabletop" (the expert, recorded now), or the folder of a set that data.py made.
+    """
+    if source == "tabletop":
+        return ((families, split, record_episode(s, families, split, ())) for s in seeds(split, episodes))
+    from data import Episodes                                         # not above: data.py needs this file
+    made = Episodes(source)
+    about = made.made_from
+    if about["simulator"] != VERSION:
+        raise ValueError(f"{source} was recorded in version {about['simulator']} of the simulator, this is "
+                         f"version {VERSION}: make the set again (python data.py --make).")
+    chosen = range(min(episodes, len(made.episodes)))
+    return ((about["families"], about["split"], made.recording(i)) for i in chosen)
+
+
+def replay(recorded):
+    """Play what was executed in a fresh world, and compare: actions, units and states are what they seem.
+
+    recorded: as from `recordings`. Returns (a dict per episode: task, seed, success; the largest difference
+    between a recorded state and the one met now, [m] or [rad]).
+    """
+    rows, worst = [], 0.0
+    for families, split, episode in recorded:
+        env = Tabletop(families, split, ())
+        env.lay_out(episode["seed"])
+        disturb(env, np.random.default_rng([VERSION, episode["seed"], 1]))
+        for action, state in zip(episode["executed"], episode["state"]):
+            worst = max(worst, float(np.abs(env.observe()["state"] - state).max()))
+            env.advance(action)
+        rows.append({"task": env.family, "seed": env.seed, "success": env.success()})
+    return rows, worst
+
+
+# ---- Evaluation: many episodes at once, one batched inference for all that need a chunk -------------------
+
 METHODS = ("a0", "vla0", "robovlms", "cogact", "robobrain_x0")
 CONTROLS = ("swap", "blank", "random", "expert")
+NO_MODEL = ("random", "expert")  # controls that act without one
+FILM = 192                       # pixels per side of an episode in film.gif
 
 
 def wilson(k, n, z=1.96):
-    """The 95 % Wilson interval of k successes in n episodes, (low, high)."""
+    """The 95 % Wilson interval of k successes in n episodes, (low, high) in [0, 1]."""
     if n == 0:
         return 0.0, 1.0
     p, centre = k / n, (k / n + z * z / 2 / n) / (1 + z * z / n)
@@ -739,118 +867,221 @@ def wilson(k, n, z=1.96):
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def run_wave(jobs, model, method, split, control="", unnorm_key=None, execute=None, film=None, tick=lambda: None, **act):
-    """Play the episodes `jobs` = [(seed, family), ...] side by side. Returns one dict per episode.
+def _world(seed, family, split, control, views, size):
+    """An environment at the start of an evaluation episode."""
+    env = Tabletop((family,), split, views, size)
+    env.lay_out(seed)
+    if control == "swap":
+        env.swap()
+    return env
 
-    film: a dict that collects the frames of the first episode of each family. act: keywords for model.act.
+
+def _look(env, control):
+    """What the policy gets to see."""
+    seen = env.observe()
+    if control == "blank":
+        seen["images"] = {view: np.zeros_like(picture) for view, picture in seen["images"].items()}
+    return seen
+
+
+def run_wave(jobs, model, method, split, control="", unnorm_key=None, execute=None, film=None,
+             tick=lambda: None, **act):
+    """Play the episodes `jobs` = [(seed, family), ...] side by side; model None: control random or expert.
+
+    film: a dict that collects the first episode of each family, {family: (instruction, pictures, success)}.
+    tick: called when an episode ends. act: more keywords for model.act. Returns a dict per episode, in the
+    order they end: task, seed, success, steps, instruction (what the policy was told), parse_failed (how many
+    unreadable outputs), seconds (since the wave began: its episodes share the machine).
     """
-    views, size = (model.cfg.views, model.cfg.image_size) if model else (("third",), 64)
-    envs, policies, rows = [], [], []
-    for seed, family in jobs:
-        env = Tabletop((family,), split, views, size)
-        env.observe, look = dict, env.observe                              # a picture only when the policy needs one
-        env.reset(seed)
-        env.observe = look
-        if control == "swap":
-            env.swap()
-        envs.append(env)
-        policies.append(method.Policy(model, unnorm_key=unnorm_key, execute=execute) if model else None)
-    live, chance = list(range(len(envs))), [np.random.default_rng([e.seed, 3]) for e in envs]
-    frames = {i: [] for i, (_, f) in enumerate(jobs) if film is not None and f not in film and f not in [j[1] for j in jobs[:i]]}
-    failed = [0] * len(envs)
+    begin, most = time.time(), np.array([MAX_DELTA] * 3 + [MAX_TURN] * 3)
+    views, size = ((), 64) if model is None else (model.cfg.views, model.cfg.image_size)
+    envs = [_world(seed, family, split, control, views, size) for seed, family in jobs]
+    policies = [method.Policy(model, unnorm_key=unnorm_key, execute=execute) for _ in jobs] if model else []
+    chance = [np.random.default_rng([env.seed, 3]) for env in envs]
+    first = {family: i for i, (_, family) in reversed([*enumerate(jobs)])}                  # of each family
+    frames = {i: [] for family, i in first.items() if film is not None and family not in film}
+    rows, failed, live = [], [0] * len(envs), list(range(len(envs)))
     while live:
-        need = [i for i in live if policies[i] and policies[i].needs_chunk]
-        seen, chunks = {i: envs[i].observe() for i in need}, {}
-        if control == "blank":
-            for o in seen.values():
-                o["images"] = {v: np.zeros_like(p) for v, p in o["images"].items()}
+        need = [i for i in live if policies and policies[i].needs_chunk]
+        seen, chunks = {i: _look(envs[i], control) for i in need}, {}
         if need:
-            out, info = model.act([seen[i] for i in need], unnorm_key=unnorm_key, **act)
+            out, info = model.act([seen[i] for i in need], unnorm_key=unnorm_key, **act)    # (B, T, A)
             chunks = dict(zip(need, out))
             for i, bad in zip(need, info.get("parse_failed", [])):
                 failed[i] += bool(bad)
         for i in list(live):
             env = envs[i]
             if i in frames:
-                frames[i].append(env.picture("third", 192, 192)[0])
-            if policies[i]:
+                frames[i].append(env.picture("third", FILM, FILM)[0])
+            if policies:                                              # no picture: its queue is not empty
                 action = policies[i].step(seen.get(i, {"instruction": env.instruction}), chunks.get(i))
             elif control == "random":
-                low = np.array([MAX_DELTA] * 3 + [MAX_TURN] * 3)
-                action = np.append(chance[i].uniform(-low, low), chance[i].random() < 0.5)
+                action = np.append(chance[i].uniform(-most, most), chance[i].random() < 0.5)
             else:
                 action = expert(env)[0]
             env.advance(action)
-            if env.success() or env.count >= env.max_steps:
-                live.remove(i)
-                rows.append({"task": env.family, "seed": env.seed, "success": env.success(), "steps": env.count,
-                             "instruction": env.instruction, "parse_failed": failed[i]})
-                if i in frames:
-                    film[env.family] = (env.instruction, frames[i] + [env.picture("third", 192, 192)[0]] * 3, env.success())
-                tick()
+            if not env.success() and env.count < env.max_steps:
+                continue
+            live.remove(i)
+            rows.append({"task": env.family, "seed": env.seed, "success": env.success(), "steps": env.count,
+                         "instruction": env.instruction, "parse_failed": failed[i],
+                         "seconds": round(time.time() - begin, 2)})
+            if i in frames:
+                end = [env.picture("third", FILM, FILM)[0]] * 3       # a longer look
+                film[env.family] = (env.instruction, frames[i] + end, env.success())
+            tick()
     return rows
 
 
-def evaluate(model, method, families=DEFAULT_FAMILIES, episodes=200, split="eval", start=0, batch=64, control="",
-             unnorm_key=None, execute=None, seed=0, out=None, progress=True, **act):
-    """Closed-loop success of `model` (None with control "random" or "expert") over `episodes` unseen episodes.
+def evaluate(model, method, families=DEFAULT_FAMILIES, episodes=200, split="eval", start=0, batch=64,
+             control="", unnorm_key=None, execute=None, seed=0, out=None, progress=True, checkpoint=None,
+             **act):
+    """Closed-loop success of `model` over `episodes` unseen episodes; `families` take turns.
 
-    method: the model's module. Families take turns. control: "swap" (the instruction names another object), "blank" (black
-    pictures), "random", "expert". out: folder for results.json and film.gif. Returns the dict that results.json holds:
-    success, interval (Wilson, 95 %), tasks {family: ...}, episodes [...], seconds.
+    model, method: a model and its module; may be None with control "random" or "expert". start: the split's
+    first episode to play. batch: episodes side by side. control: "swap" (the instruction names something
+    else), "blank" (black pictures), "random", "expert". seed: of torch's generator, for the model's noise
+    (which episode gets which depends on `batch`). out: folder for results.json and film.gif (with a control:
+    results-CONTROL.json). checkpoint: what the results should say of it, as from `origin`. act: more keywords
+    for model.act. Returns what results.json holds: success and its interval (Wilson, 95 %), the same for each
+    task, every episode, settings, versions. ValueError, before the first episode, for what does not fit.
     """
-    import torch
     from tqdm import tqdm
-    if control and control not in CONTROLS:
-        raise ValueError(f"control={control!r}: choose one of {', '.join(CONTROLS)}.")
-    torch.manual_seed(seed)                                                # the sampler's noise
-    begin, film, rows = time.time(), {} if out else None, []
-    jobs = [(s, families[i % len(families)]) for i, s in enumerate(seeds(split, episodes, start))]
-    with tqdm(total=episodes, desc=f"episodes{' (' + control + ')' if control else ''}", disable=not progress) as bar:
-        for i in range(0, episodes, batch):
-            rows += run_wave(jobs[i:i + batch], None if control in ("random", "expert") else model, method, split,
-                             control, unnorm_key, execute, film, bar.update, **act)
-    rows.sort(key=lambda r: r["seed"])
-    tasks = {}
-    for f in families:
-        mine = [r["success"] for r in rows if r["task"] == f]
-        tasks[f] = {"success": sum(mine) / max(len(mine), 1), "interval": wilson(sum(mine), len(mine)), "episodes": len(mine)}
-    wins = sum(r["success"] for r in rows)
-    results = {"suite": "tabletop", "version": VERSION, "split": split, "control": control, "mean_steps":
-               round(float(np.mean([r["steps"] for r in rows])), 1), "success": wins / episodes,
-               "interval": wilson(wins, episodes), "tasks": tasks, "parse_failed": sum(r["parse_failed"] for r in rows),
-               "seconds": round(time.time() - begin, 1), "torch": torch.__version__, "episodes": rows}
+    model = None if control in NO_MODEL else model
+    _check(model, method, families, episodes, split, batch, control, unnorm_key, execute)
     if out:
-        out = Path(out)
-        out.mkdir(parents=True, exist_ok=True)
-        name = f"results{'-' + control if control else ''}"
-        (out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
-        if film:
-            write_film(film, out / f"film{'-' + control if control else ''}.gif")
+        claim(out)
+    if model is not None:
+        import torch
+        torch.manual_seed(seed)
+        execute = execute or model.cfg.execute
+    begin, film, rows = time.time(), {} if out else None, []
+    numbers = {s: i for i, s in enumerate(seeds(split, episodes, start), start)}
+    jobs = [(s, families[i % len(families)]) for i, s in enumerate(numbers)]
+    label = f"episodes ({control})" if control else "episodes"
+    with tqdm(total=episodes, desc=label, disable=not progress) as bar:
+        for i in range(0, episodes, batch):
+            rows += run_wave(jobs[i:i + batch], model, method, split, control, unnorm_key, execute, film,
+                             bar.update, **act)
+    rows = [{"episode": numbers[r["seed"]], **r} for r in sorted(rows, key=lambda r: r["seed"])]
+    results = {"suite": "tabletop", "version": VERSION, "split": split, "families": list(families),
+               "control": control, "seed": seed, "batch": batch, "execute": execute, "unnorm_key": unnorm_key,
+               **summary(rows, families), "seconds": round(time.time() - begin, 1), "checkpoint": checkpoint,
+               "made_with": made_with(getattr(model, "device", "cpu")), "episodes": rows}
+    if out:
+        save(results, film, Path(out))
     return results
 
 
+def _check(model, method, families, episodes, split, batch, control, unnorm_key, execute):
+    """Everything that can be wrong is wrong now, not after the first bar."""
+    if control and control not in CONTROLS:
+        raise ValueError(f"control={control!r}: choose one of {', '.join(CONTROLS)}.")
+    if model is None and control not in NO_MODEL:
+        raise ValueError("there is no model to evaluate; without one, control is random or expert.")
+    if episodes < 1 or batch < 1:
+        raise ValueError(f"episodes={episodes}, batch={batch}: both must be at least 1.")
+    Tabletop(families, split)
+    if model is not None:
+        from common import pick_stats
+        Tabletop(families, split, model.cfg.views, model.cfg.image_size)
+        pick_stats(model.stats, unnorm_key)
+        method.Policy(model, unnorm_key=unnorm_key, execute=execute)
+
+
+def summary(rows, families):
+    """Rates with their Wilson intervals: over all rows, and per family."""
+    def rate(rows):
+        wins = sum(r["success"] for r in rows)
+        return {"success": wins / max(len(rows), 1), "interval": wilson(wins, len(rows))}
+    by_task = {f: [r for r in rows if r["task"] == f] for f in families}
+    return {**rate(rows), "tasks": {f: {**rate(mine), "episodes": len(mine)} for f, mine in by_task.items()},
+            "mean_steps": round(float(np.mean([r["steps"] for r in rows])), 1),
+            "parse_failed": sum(r["parse_failed"] for r in rows)}
+
+
+def origin(ckpt):
+    """A checkpoint's path, and the sha256 of its weights file (None: it is a hub id)."""
+    path, digest = Path(ckpt), hashlib.sha256()
+    path = path / "model.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        return {"path": str(ckpt), "sha256": None}
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"path": str(ckpt), "sha256": digest.hexdigest()}
+
+
+def made_with(device):
+    """Versions, commit ("-dirty": changed since; "": not a git checkout) and hardware, for the record."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "numpy", "pillow"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    here, commit = Path(__file__).resolve().parent, ""
+    git = ["git", "--no-optional-locks", f"--git-dir={here / '.git'}", f"--work-tree={here}"]
+    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(git + describe, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):                      # no git here: nothing to record
+        pass
+    return {**found, "commit": commit, "hardware": f"{device}, {platform.machine()}, {os.cpu_count()} cores"}
+
+
+def claim(out):
+    """Check that results can be written into `out` before the work, not after it. Leaves nothing behind."""
+    folder = out = Path(out)
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ValueError(f"--out {out}: {folder} is a file; the results need a folder, choose another.")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        raise ValueError(f"--out {out}: {folder} cannot be written ({e.strerror}); choose another.") from e
+
+
+def save(results, film, out):
+    """results.json (whole or absent) and film.gif in the folder `out`; `-CONTROL` joins their names."""
+    from common import atomic_write, write_json
+    tail = f"-{results['control']}" if results["control"] else ""
+    try:
+        write_json(out / f"results{tail}.json", results)
+        atomic_write(out / f"film{tail}.gif", lambda part: write_film(film, part))
+    except OSError:
+        print_table(results)                                          # a full disk: the numbers are not lost
+        raise
+
+
 def write_film(film, path):
-    """One GIF: the first episode of each family side by side, with its instruction."""
+    """One GIF at the control rate: an episode of each family side by side, with its instruction.
+
+    film: {family: (instruction, list of uint8 (FILM, FILM, 3), success)}.
+    """
+    film = {family: film[family] for family in FAMILIES if family in film}
     length = max(len(frames) for _, frames, _ in film.values())
     pages = []
     for k in range(length):
-        page = Image.new("RGB", (196 * len(film), 192 + 30), "white")
+        page = Image.new("RGB", ((FILM + 4) * len(film), FILM + 30), "white")
         for j, (instruction, frames, success) in enumerate(film.values()):
-            page.paste(Image.fromarray(frames[min(k, len(frames) - 1)]), (196 * j, 0))
+            page.paste(Image.fromarray(frames[min(k, len(frames) - 1)]), ((FILM + 4) * j, 0))
             words = instruction.split()
             half = (len(words) + 1) // 2 if len(instruction) > 30 else len(words)
-            text = " ".join(words[:half]) + "\n" + " ".join(words[half:]) + (" [done]" if success and k >= len(frames) - 3 else "")
-            ImageDraw.Draw(page).multiline_text((196 * j + 2, 193), text, fill="black", spacing=1)
+            text = " ".join(words[:half]) + "\n" + " ".join(words[half:])
+            text += " [done]" if success and k >= len(frames) - 3 else ""
+            ImageDraw.Draw(page).multiline_text(((FILM + 4) * j + 2, FILM + 1), text, fill="black", spacing=1)
         pages.append(page.quantize(64))
-    pages[0].save(path, save_all=True, append_images=pages[1:], duration=1000 // CONTROL_HZ, loop=0)
+    pages[0].save(path, "GIF", save_all=True, append_images=pages[1:], duration=1000 // CONTROL_HZ, loop=0)
 
 
 def print_table(results):
     """The results of `evaluate`, a line per task family."""
+    control = f", control: {results['control']}" if results["control"] else ""
+    print(f"\n{'task':<8} {'success':>8} {'95 % interval':>16} {'episodes':>9}   "
+          f"tabletop, split {results['split']}{control}")
     rows = [*results["tasks"].items(), ("mean", results | {"episodes": len(results["episodes"])})]
-    print(f"\n{'task':<8} {'success':>8} {'95 % interval':>16} {'episodes':>9}   tabletop, split {results['split']}"
-          f"{', control: ' + results['control'] if results['control'] else ''}")
     for name, r in rows:
         low, high = r["interval"]
         print(f"{name:<8} {r['success']:>7.1%} {f'{low:.1%} .. {high:.1%}':>16} {r['episodes']:>9}")
@@ -858,71 +1089,119 @@ def print_table(results):
           + (f", {results['parse_failed']} unreadable outputs" if results["parse_failed"] else ""))
 
 
-def replay(families, episodes, split, size=64):
-    """Record episodes of the expert, play what was executed in a fresh world, compare. Returns (rows, largest state error)."""
-    rows, worst = [], 0.0
-    for seed in seeds(split, episodes):
-        record = record_episode(seed, families, split, (), size)
-        env = Tabletop(families, split, ("third",), 8)
-        env.reset(seed)
-        disturb(env, np.random.default_rng([VERSION, seed, 1]))
-        for action, state in zip(record["executed"], record["state"]):
-            worst = max(worst, float(np.abs(env.observe()["state"] - state).max()))
-            env.advance(action)
-        rows.append({"task": env.family, "seed": seed, "success": env.success()})
-    return rows, worst
+# ---- Command line -----------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):                                         # one line, not the whole usage
+        raise ValueError(f"{message} (python eval_sim.py --help lists the flags)")
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def flags():
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
     what = p.add_argument_group("what")
-    what.add_argument("--ckpt", help="checkpoint folder (or hub id) to evaluate")
-    what.add_argument("--model", choices=METHODS, help="the method; read from the checkpoint's config.json when not given")
+    what.add_argument("--ckpt", help="checkpoint to evaluate: our folder, an official release, or a hub id")
+    what.add_argument("--model", choices=METHODS, help="its method (default: what its config.json says)")
     what.add_argument("--preset", help="preset of an official checkpoint that does not name its own")
     what.add_argument("--control", choices=(*CONTROLS, "all"),
-                      help="swap: instruction of another object; blank: black pictures; random: random actions; expert: the "
-                           "scripted one; all: the plain run, swap, blank and random in turn")
-    what.add_argument("--replay", choices=("tabletop",), help="record the expert, play the recorded actions, compare")
+                      help="swap: instruction of another object; blank: black pictures; random: random "
+                           "actions; expert: the scripted one; all: plain, then swap, blank and random")
+    what.add_argument("--replay", metavar="SET", help="play recorded actions in a fresh world and compare: "
+                      "tabletop (the expert, recorded now), or a folder that data.py made")
+
     sim = p.add_argument_group("simulator")
     sim.add_argument("--sim", choices=("tabletop",), default="tabletop", help="which simulator")
-    sim.add_argument("--families", default=",".join(DEFAULT_FAMILIES), help="task families, comma-separated, or all")
-    sim.add_argument("--split", choices=SPLITS, default="eval", help="eval: unseen scenes; hard: also unseen colour-shape "
-                     "pairs, phrasings and camera pose")
-    sim.add_argument("--episodes", type=int, default=200, help="how many episodes")
-    sim.add_argument("--batch", type=int, default=64, help="episodes played side by side")
-    sim.add_argument("--seed", type=int, default=0, help="seed of the sampler's noise")
+    sim.add_argument("--families", help=f"all, or some of {','.join(FAMILIES)} (default: "
+                     f"{','.join(DEFAULT_FAMILIES)})")
+    sim.add_argument("--split", choices=SPLITS, help="eval (default): unseen scenes; hard: also unseen "
+                     "colour-shape pairs, phrasings and camera pose")
+    sim.add_argument("--episodes", type=int, default=200, help="how many episodes (default: 200)")
+    sim.add_argument("--batch", type=int, help="episodes played side by side (default: 64)")
+
     policy = p.add_argument_group("policy")
-    policy.add_argument("--unnorm-key", help="whose action statistics to use; needed when the checkpoint has several")
+    policy.add_argument("--unnorm-key", help="whose action statistics to use; needed if there are several")
     policy.add_argument("--execute", type=int, help="actions played per chunk (default: the preset's)")
-    policy.add_argument("--tokenizer", help="tokenizer folder or hub id, for checkpoints that do not carry one")
-    policy.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    policy.add_argument("--attn", default="auto", help="auto, flash, sdpa, eager")
-    p.add_argument("--out", type=Path, help="folder for results.json and film.gif (default: CKPT/eval)")
-    a = p.parse_args()
-    families = FAMILIES if a.families == "all" else tuple(a.families.split(","))
-    Tabletop(families, a.split)                                            # a wrong family fails here
-    if not 1 <= a.episodes <= 1_000_000 or a.batch < 1:
-        raise ValueError(f"--episodes {a.episodes} --batch {a.batch}: from 1 to 1,000,000 episodes, at least 1 side by side.")
+    policy.add_argument("--tokenizer", help="tokenizer folder or hub id, if the checkpoint has none")
+    policy.add_argument("--seed", type=int, help="seed of the noise that the model draws (default: 0)")
+    policy.add_argument("--device", help="auto (default), cpu, cuda, mps, ...")
+    policy.add_argument("--attn", help="attention kernel: auto (default), flash, sdpa, eager")
+
+    output = p.add_argument_group("output")
+    output.add_argument("--out", type=Path, help="folder for results.json and film.gif (default: CKPT/eval, "
+                        "or ./eval when CKPT is no folder)")
+    return p
+
+
+def parse(argv=None):
+    """Flags -> checked arguments. One that the run would ignore is an error."""
+    a = flags().parse_args(argv)
+    policy = ("model", "preset", "unnorm_key", "execute", "tokenizer", "seed", "device", "attn")
     if a.replay:
-        rows, worst = replay(families, a.episodes, a.split)
-        wins = sum(r["success"] for r in rows)
-        print(f"replayed {len(rows)} recorded episodes: {wins} succeed, largest state error {worst:.1e}")
-        return
-    model = method = None
-    if a.control not in ("random", "expert"):
-        if not a.ckpt:
-            raise ValueError("--ckpt is missing: which checkpoint should be evaluated? (--control expert needs none)")
-        from common import method_of
-        method = importlib.import_module(method_of(a.ckpt, a.model))
-        model = method.from_pretrained(a.ckpt, preset=a.preset, tokenizer=a.tokenizer, attn=a.attn, device=a.device)
+        run, idle = f"--replay {a.replay}", ("ckpt", "control", "batch", "out", *policy)
+        idle += () if a.replay == "tabletop" else ("families", "split")
+    else:
+        run, idle = f"--control {a.control}", policy if a.control in NO_MODEL else ()
+    for name in idle:
+        if getattr(a, name) is not None:
+            raise ValueError(f"{run} has no use for --{name.replace('_', '-')}; leave it out.")
+    if not (a.ckpt or a.replay or a.control in NO_MODEL):
+        raise ValueError("--ckpt is missing: which checkpoint should be evaluated? (Only --replay and "
+                         f"--control {' or '.join(NO_MODEL)} need none.)")
+    for name, default in (("split", "eval"), ("batch", 64), ("seed", 0), ("device", "auto"), ("attn", "auto"),
+                          ("control", ""), ("families", ",".join(DEFAULT_FAMILIES))):
+        setattr(a, name, default if getattr(a, name) is None else getattr(a, name))
+    a.families = FAMILIES if a.families == "all" else tuple(dict.fromkeys(a.families.split(",")))
+    Tabletop(a.families, a.split)                                     # an unknown family is an error here
+    if a.batch < 1 or not 1 <= a.episodes <= 1_000_000:
+        raise ValueError(f"--episodes {a.episodes} --batch {a.batch}: play 1 to 1,000,000, 1 or more a time.")
+    return a
+
+
+def find_method(ckpt, model=None):
+    """The module of a checkpoint's method (`model`: of one that does not say)."""
+    from common import method_of
+    name = method_of(ckpt, model)
+    if name not in METHODS:                                           # never import what a download names
+        raise ValueError(f"{ckpt} is a checkpoint of {name!r}; known are {', '.join(METHODS)}.")
+    if not Path(__file__).with_name(f"{name}.py").is_file():
+        raise ValueError(f"{ckpt} is a checkpoint of {name}, but there is no {name}.py here; update.")
+    return importlib.import_module(name)
+
+
+def load(a, method):
+    """The model of --ckpt, ready to act; prints what it is."""
+    from common import device, pick_attention
+    where = device(a.device)
+    attn = pick_attention(a.attn, where)
+    model = method.from_pretrained(a.ckpt, preset=a.preset, tokenizer=a.tokenizer, attn=attn, device=where)
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{method.__name__}, {size:.2f} M parameters, from {a.ckpt}, on {where}, attention {attn}; plays "
+          f"{a.execute or model.cfg.execute} of the {model.cfg.horizon} actions of a chunk")
+    return model
+
+
+def main(argv=None):
+    a = parse(argv)
+    if a.replay:
+        from tqdm import tqdm
+        recorded = recordings(a.replay, a.families, a.split, a.episodes)
+        rows, worst = replay(tqdm(recorded, desc="replay", unit="episode"))
+        print(f"replayed {len(rows)} recorded episodes: {sum(r['success'] for r in rows)} succeed, "
+              f"largest state error {worst:.1e}")
+        return int(worst > 1e-3)                                      # 1: not the world it was recorded in
+    method = find_method(a.ckpt, a.model) if a.ckpt else None
     out = a.out or (Path(a.ckpt) / "eval" if a.ckpt and Path(a.ckpt).is_dir() else Path("eval"))
-    for control in ("", "swap", "blank", "random") if a.control == "all" else (a.control or "",):
-        results = evaluate(model, method, families, a.episodes, a.split, 0, a.batch, control, a.unnorm_key, a.execute,
-                           a.seed, out)
+    claim(out)
+    model = None if a.control in NO_MODEL else load(a, method)
+    checkpoint = None if model is None else origin(a.ckpt)
+    print(f"{a.episodes} episodes of {', '.join(a.families)}; split {a.split}; {a.batch} side by side")
+    for control in ("", "swap", "blank", "random") if a.control == "all" else (a.control,):
+        results = evaluate(model, method, a.families, a.episodes, a.split, 0, a.batch, control, a.unnorm_key,
+                           a.execute, a.seed, out, checkpoint=None if control in NO_MODEL else checkpoint)
         print_table(results)
     print(f"results and film in {out}")
 
 
 if __name__ == "__main__":
     from common import cli
-    sys.exit(cli(main))
+    cli(main)

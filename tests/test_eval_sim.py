@@ -1,11 +1,22 @@
 """The tabletop simulator, its expert, its episodes and the evaluation loop."""
+import importlib
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
+import cogact
+import data
 import eval_sim
-from eval_sim import FAMILIES, HELD_OUT, PHRASES, SPLITS, Camera, Tabletop, expert, record_episode, rotation, seeds
+from eval_sim import (FAMILIES, HELD_OUT, PHRASES, SPLITS, Camera, Tabletop, expert, record_episode, rotation,
+                      seeds)
 
 
 def played(seed, family, split="eval"):
@@ -27,7 +38,7 @@ def test_expert_solves_99_percent(family, split):
 def test_expert_recovers_from_disturbed_starts_and_bumps():
     rows = [record_episode(s, FAMILIES, "train", ()) for s in seeds("train", 200)]
     assert sum(r["success"] for r in rows) >= 190
-    assert sum((r["executed"] != r["actions"]).any() for r in rows) > 60          # there was something to recover from
+    assert sum((r["executed"] != r["actions"]).any() for r in rows) > 60    # there were bumps
 
 
 def test_same_seed_same_pixels_and_states():
@@ -64,8 +75,8 @@ def test_only_the_instruction_decides():
     solved = set()
     for family in ("pick", "put", "turn"):
         env = Tabletop(("turn",), "eval", (), 16)
-        env.reset(2_000_003)                                                      # a scene with a bar as X
-        env.family, env.side = family, env.side
+        env.reset(2_000_003)                                                # a scene with a bar as X
+        env.family = family
         env.y = next(t for t in env.things if not t.movable) if family == "put" else None
         while env.count < 60 and not env.success():
             env.advance(expert(env)[0])
@@ -80,21 +91,21 @@ def test_grasp_carry_drop():
     env.tcp = np.array([*x.at[:2], 0.025])
     for _ in range(3):
         env.advance([0, 0, 0, 0, 0, 0, 0])
-    assert env.held is not None and env.held[0] is x                              # closed around it
+    assert env.held is not None and env.held[0] is x                        # closed around it
     for _ in range(4):
         env.advance([0, 0, 0.04, 0, 0, 0, 0])
-    assert x.at[2] > 0.1                                                          # carried up
+    assert x.at[2] > 0.1                                                    # carried up
     env.tcp[:2] = y.at[:2]
     env._carry()
     env.advance([0, 0, 0, 0, 0, 0, 1])
-    assert env.held is None and x.at[2] == pytest.approx(y.top)                   # dropped onto what is below
+    assert env.held is None and x.at[2] == pytest.approx(y.top)             # dropped onto what is below
     assert env.success()
 
 
 def test_closing_beside_an_object_grasps_nothing():
     env = Tabletop(("pick",), "eval", (), 16)
     env.reset(seeds("eval", 1)[0])
-    env.tcp = np.array([*env.x.at[:2], 0.12])                                     # above it
+    env.tcp = np.array([*env.x.at[:2], 0.12])                               # above it
     for _ in range(3):
         env.advance([0, 0, 0, 0, 0, 0, 0])
     assert env.held is None and env.gap == 0
@@ -103,19 +114,19 @@ def test_closing_beside_an_object_grasps_nothing():
 def test_push_moves_sideways_and_lifting_is_not_pushing():
     env = played(seeds("eval", 1)[0], "push")
     start, _ = env.start[id(env.x)]
-    assert env.success() and env.x.at[2] == 0 and abs(env.x.at[1] - start[1]) > 0.08
+    assert env.success() and env.x.at[2] == 0 and abs(env.x.at[1] - start[1]) > 0.06
     env.lifted = True
     assert not env.success()
 
 
 def test_depth_and_projection_agree():
-    """The depth under an object's projected centre is the distance to its surface; K and the extrinsics say the same pixel."""
+    """A point of the table: `project` and K with the extrinsics say the same pixel, whose depth is right."""
     env = Tabletop(("pick",), "eval", ("third",), 64)
     env.reset(seeds("eval", 1)[0])
-    env.tcp = np.array([-0.15, -0.2, 0.2])                                        # out of the way
+    env.tcp = np.array([-0.15, -0.2, 0.2])                                  # out of the way
     camera = env.camera("third")
     _, depth, owner = env.picture("third", 256, 256)
-    corner = np.array([0.2, 0.2, 0.0])                                            # a free corner of the table
+    corner = np.array([0.2, 0.2, 0.0])                                      # a free corner of the table
     p = camera.extrinsics() @ np.append(corner, 1)
     uv = (camera.intrinsics(256, 256) @ p[:3])[:2] / p[2]
     assert np.allclose(uv, camera.project(corner, 256, 256))
@@ -127,7 +138,7 @@ def test_every_object_is_visible_at_any_resolution():
     env = Tabletop(FAMILIES, "eval", ("third",), 64)
     for s in seeds("eval", 20):
         env.reset(s)
-        env.tcp = np.array([0.18, 0.2, 0.26])                                     # out of the way
+        env.tcp = np.array([0.18, 0.2, 0.26])                               # out of the way
         for size in (64, 224):
             rgb, _, owner = env.picture("third", size, size)
             assert rgb.shape == (size, size, 3) and rgb.dtype == np.uint8
@@ -147,13 +158,45 @@ def test_wrist_camera_sees_the_fingers_and_moves_with_them():
 def test_gymnasium_signature_and_second_body():
     env = Tabletop(("pick",), "eval", ("third", "wrist"), 32, embodiment="gantry")
     obs, info = env.reset(seed=3)
-    assert set(obs) == {"images", "state", "instruction"} and obs["state"].shape == (8,) and obs["state"].dtype == np.float32
+    assert set(obs) == {"images", "state", "instruction"}
+    assert obs["state"].shape == (8,) and obs["state"].dtype == np.float32
     obs, reward, terminated, truncated, info = env.step(np.array([0.01, 0, 0, 1]))
     assert reward == 0.0 and not terminated and not truncated and info["family"] == "pick"
-    with pytest.raises(ValueError, match="4 finite numbers"):
+    with pytest.raises(ValueError, match=r"shape \(7,\).*4 finite numbers"):
         env.step(np.zeros(7))
-    with pytest.raises(ValueError, match="fly.*pick, put"):
-        Tabletop(("fly",))
+    with pytest.raises(ValueError, match="nan.*4 finite numbers"):
+        env.step([0, 0, math.nan, 1])
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (lambda: Tabletop(("fly",)), "fly.*pick, put"), (lambda: Tabletop(()), "at least one of pick, put"),
+    (lambda: Tabletop(image_size=0), "image_size=0"), (lambda: Tabletop(split="test"), "test.*train, val"),
+    (lambda: Tabletop().reset(1, {"family": "fly"}), "fly.*pick, put"),
+    (lambda: Tabletop().camera("front"), "front.*third, wrist"),
+])
+def test_unknown_names_are_answered_with_the_known_ones(wrong, message):
+    with pytest.raises(ValueError, match=message) as error:
+        wrong()
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_reset_without_a_seed_stays_in_its_split_and_follows_from_the_last_seed():
+    env = Tabletop(("pick",), "eval", (), 8)
+    env.reset()
+    assert env.seed in range(2_000_000, 3_000_000)
+    drawn = []
+    for _ in range(2):
+        env.reset(seed=2_000_005)
+        env.reset()
+        drawn.append(env.seed)
+    assert drawn[0] == drawn[1] != 2_000_005
+
+
+def test_lay_out_is_reset_without_a_picture():
+    a, b = Tabletop(FAMILIES, "hard", ("third",), 16), Tabletop(FAMILIES, "hard", ("third",), 16)
+    seen, info = a.reset(4_000_001, {"family": "side"})
+    assert b.lay_out(4_000_001, {"family": "side"}) is None
+    assert b.info() == info and np.array_equal(b.observe()["images"]["third"], seen["images"]["third"])
 
 
 def test_truncation_at_the_step_limit():
@@ -167,18 +210,39 @@ def test_truncation_at_the_step_limit():
 def test_record_reports_what_other_methods_learn_from():
     r = record_episode(11, ("put",), "train", ("third",), 32)
     N = len(r["actions"])
-    assert r["images"]["third"].shape == (N, 32, 32, 3) and r["waypoints"].shape == (N, 5, 2) and len(r["subtasks"]) == N
+    assert r["images"]["third"].shape == (N, 32, 32, 3) and r["waypoints"].shape == (N, 5, 2)
+    assert len(r["subtasks"]) == N
     assert (np.abs(r["waypoints"] - 0.5) < 0.75).all()
     env = Tabletop(("put",), "train", (), 32)
     env.reset(11)
     end = env.third.project(env.y.at, 1, 1)
-    assert np.abs(r["waypoints"][0, -1] - end).max() < 0.1                        # the path ends at the container
+    assert np.abs(r["waypoints"][0, -1] - end).max() < 0.1                  # the path ends at the container
     assert "release" in " ".join(r["subtasks"])
 
 
+@pytest.mark.parametrize("size", [(48, 80), (64, 64)])
+def test_waypoints_are_coordinates_of_the_picture_also_when_it_is_oblong(size):
+    r = record_episode(11, ("put",), "train", (), size, clean=True)
+    env = Tabletop(("put",), "train", (), size)
+    env.lay_out(11)
+    for action in r["executed"][:-1]:
+        env.advance(action)
+    middle = env.x.at + [0, 0, eval_sim.SHAPES[env.x.shape].height / 2]
+    pixel = env.third.project(middle, *size)                                # x, y
+    assert np.allclose(r["waypoints"][-1, -1] * [size[1], size[0]], pixel, atol=1e-3)
+
+
 def test_replay_of_recorded_actions_is_exact():
-    rows, worst = eval_sim.replay(FAMILIES, 12, "train")
+    rows, worst = eval_sim.replay(eval_sim.recordings("tabletop", FAMILIES, "train", 12))
     assert worst < 1e-3 and sum(r["success"] for r in rows) >= 11
+
+
+def test_replay_of_a_stored_set_is_exact_and_notices_wrong_units(tmp_path, capsys):
+    folder = data.tabletop("val", 3, FAMILIES, (), 8, cache=tmp_path, workers=0).folder
+    assert eval_sim.main(["--replay", str(folder), "--episodes", "10"]) == 0
+    assert "replayed 3 recorded episodes: 3 succeed" in capsys.readouterr().out
+    recorded = [(f, s, {**e, "executed": e["executed"] / 2}) for f, s, e in eval_sim.recordings(folder)]
+    assert eval_sim.replay(recorded)[1] > 0.01
 
 
 def test_wilson_interval():
@@ -189,11 +253,102 @@ def test_wilson_interval():
 
 def test_random_policy_fails_and_expert_passes(tmp_path, capsys):
     random = eval_sim.evaluate(None, None, FAMILIES, 24, control="random", progress=False)
-    best = eval_sim.evaluate(None, None, FAMILIES, 12, control="expert", out=tmp_path, progress=False)
+    best = eval_sim.evaluate(None, None, FAMILIES, 12, control="expert", out=tmp_path / "new", progress=False)
     assert random["success"] <= 0.1 and best["success"] == 1.0
-    assert (tmp_path / "results-expert.json").exists() and (tmp_path / "film-expert.gif").exists()
+    assert sorted(f.name for f in (tmp_path / "new").iterdir()) == ["film-expert.gif", "results-expert.json"]
+    with Image.open(tmp_path / "new" / "film-expert.gif") as film:          # six pictures side by side, 5 Hz
+        assert film.size == (6 * 196, 222) and film.n_frames > 20 and film.info["duration"] == 200
     eval_sim.print_table(best)
     assert "100.0%" in capsys.readouterr().out
+
+
+def test_results_hold_every_episode_an_interval_per_rate_and_where_they_come_from(tmp_path):
+    eval_sim.evaluate(None, None, ("pick", "put"), 3, start=7, control="expert", out=tmp_path, progress=False)
+    results = json.loads((tmp_path / "results-expert.json").read_text())
+    assert (results["suite"], results["split"], results["version"]) == ("tabletop", "eval", eval_sim.VERSION)
+    assert [(e["episode"], e["seed"], e["task"]) for e in results["episodes"]] == [
+        (7, 2_000_007, "pick"), (8, 2_000_008, "put"), (9, 2_000_009, "pick")]
+    assert {"success", "steps", "seconds", "instruction", "parse_failed"} <= set(results["episodes"][0])
+    assert results["interval"] == list(eval_sim.wilson(3, 3))
+    of_two = list(eval_sim.wilson(2, 2))
+    assert results["tasks"]["pick"] == {"success": 1.0, "interval": of_two, "episodes": 2}
+    assert {"python", "torch", "transformers", "numpy", "commit", "hardware"} <= set(results["made_with"])
+
+
+def test_numbers_are_shown_even_when_they_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "results-expert.json").mkdir()                              # stands for a full disk
+    with pytest.raises(OSError, match="results-expert.json"):
+        eval_sim.evaluate(None, None, ("pick",), 1, control="expert", out=tmp_path, progress=False)
+    assert "100.0%" in capsys.readouterr().out
+    assert [f.name for f in tmp_path.iterdir()] == ["results-expert.json"]  # no half of another
+
+
+# A method is its module: Policy and model.act are all that the evaluation needs. This one only ever rises.
+class Policy:
+    def __init__(self, model, unnorm_key=None, execute=None):
+        self.queue, self.execute = [], execute
+
+    @property
+    def needs_chunk(self):
+        return not self.queue
+
+    def step(self, observation, chunk=None):
+        self.queue = self.queue or list(chunk[:self.execute])
+        return self.queue.pop(0)
+
+
+class Skyward:
+    cfg = SimpleNamespace(views=("third", "wrist"), image_size=24, execute=3, horizon=4)
+    stats, device = {"tabletop": {"action": {}}}, "cpu"
+
+    def __init__(self):
+        self.asked = []
+
+    def act(self, observations, unnorm_key=None, **options):
+        self.asked.append((observations, unnorm_key, options))
+        chunk = np.zeros((len(observations), 4, 7), np.float32)             # (B, T, A)
+        chunk[..., 2] = 0.01
+        return chunk, {"parse_failed": [o["instruction"].startswith("put") for o in observations]}
+
+
+METHOD = SimpleNamespace(Policy=Policy)
+
+
+@pytest.mark.parametrize("control", ["", "swap", "blank"])
+def test_any_method_is_asked_in_batches_and_only_when_it_needs_a_chunk(control):
+    model = Skyward()
+    results = eval_sim.evaluate(model, METHOD, ("pick",), 5, batch=3, control=control, unnorm_key="tabletop",
+                                progress=False, guidance=2)
+    assert results["success"] == 0 and results["mean_steps"] == 40 and results["execute"] == 3
+    assert len(model.asked) == 2 * 14                                       # ceil(40 / 3) chunks per wave
+    assert {len(seen) for seen, *_ in model.asked} == {3, 2}
+    assert all(key == "tabletop" and options == {"guidance": 2} for _, key, options in model.asked)
+    first = model.asked[0][0][0]
+    env = Tabletop(("pick",), "eval", ("third", "wrist"), 24)
+    truth, _ = env.reset(seeds("eval", 1)[0])
+    for view in ("third", "wrist"):
+        assert first["images"][view].any() == (control != "blank")
+        assert control == "blank" or np.array_equal(first["images"][view], truth["images"][view])
+    assert (first["instruction"] == truth["instruction"]) == (control != "swap")
+
+
+def test_unreadable_outputs_are_counted():
+    results = eval_sim.evaluate(Skyward(), METHOD, ("put",), 2, progress=False)
+    told_to_put = sum(e["instruction"].startswith("put") for e in results["episodes"])
+    assert results["parse_failed"] == told_to_put * 20                      # 60 steps, 3 per chunk
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(model=None), "no model to evaluate"), (dict(control="reverse"), "reverse.*swap, blank"),
+    (dict(episodes=0), "episodes=0"), (dict(batch=0), "batch=0"), (dict(families=("fly",)), "fly.*pick"),
+    (dict(split="test"), "test.*train"), (dict(unnorm_key="bridge"), "bridge.*tabletop"),
+    (dict(start=999_999), "1,000,000"), (dict(start=-1), "from -1 on"),
+])
+def test_wrong_settings_fail_before_the_first_episode(change, message, capfd):
+    settings = dict(model=Skyward(), method=METHOD, episodes=4) | change
+    with pytest.raises(ValueError, match=message):
+        eval_sim.evaluate(**settings)
+    assert capfd.readouterr().err == ""                                     # not even a bar
 
 
 def test_swap_names_another_object():
@@ -203,9 +358,135 @@ def test_swap_names_another_object():
         before = env.instruction
         env.swap()
         assert env.instruction != before
+        assert (env.x.name in env.instruction) == (env.family in ("side", "turn"))    # there, the side is
 
 
 def test_euler_rotation_is_z_y_x():
     assert np.allclose(rotation(0, 0, math.pi / 2) @ [1, 0, 0], [0, 1, 0])
-    assert np.allclose(rotation(0.3, -0.2, 0.5), rotation(0, 0, 0.5) @ rotation(0, -0.2, 0) @ rotation(0.3, 0, 0))
+    steps = rotation(0, 0, 0.5) @ rotation(0, -0.2, 0) @ rotation(0.3, 0, 0)
+    assert np.allclose(rotation(0.3, -0.2, 0.5), steps)
     assert np.allclose(Camera.look_at((0, 0, 1), (0, 1e-3, 0), 1.0).axes[2], [0, 0, -1], atol=1e-2)
+
+
+# ---- Command line -----------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny CogACT nobody trained, with the statistics of two datasets."""
+    cfg = cogact.PRESETS["tiny"]
+    low, high = {k: [-1.0] * 7 for k in ("min", "q01")}, {k: [1.0] * 7 for k in ("max", "q99", "std")}
+    one = {"action": {**low, **high, "mean": [0.0] * 7, "mask": [True] * 6 + [False]}}
+    folder = tmp_path_factory.mktemp("checkpoint") / "last"
+    cogact.Model(cfg, cogact.load_tokenizer(cfg), {"tabletop": one, "bridge": one}).save_pretrained(folder)
+    return folder
+
+
+def test_checkpoint_is_evaluated_and_named_in_the_results(checkpoint, tmp_path, capsys):
+    eval_sim.main(["--ckpt", str(checkpoint), "--unnorm-key", "tabletop", "--episodes", "2",
+                   "--families", "pick", "--device", "cpu", "--control", "blank", "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "results-blank.json").read_text())
+    assert results["checkpoint"] == {"path": str(checkpoint), **eval_sim.origin(checkpoint)}
+    assert len(results["checkpoint"]["sha256"]) == 64 and results["unnorm_key"] == "tabletop"
+    out = capsys.readouterr().out
+    assert "of the 8 actions of a chunk" in out and "control: blank" in out and f"film in {tmp_path}" in out
+
+
+def ckpt(*flags):
+    return lambda folder: ["--ckpt", str(folder), "--unnorm-key", "tabletop", *flags]
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--control", "expert", "--families", "fly"], "'fly': the tabletop knows pick, put"),
+    (["--control", "expert", "--families", ""], "'': the tabletop knows"),
+    (["--control", "expert", "--episodes", "0"], "--episodes 0.*1 to 1,000,000"),
+    (["--control", "expert", "--batch", "0"], "--batch 0"),
+    (["--control", "expert", "--episodes", "ten"], "--episodes: invalid int value: 'ten'"),
+    (["--control", "reverse"], "--control: invalid choice: 'reverse'"),
+    (["--control", "expert", "--split", "test"], "--split: invalid choice: 'test'"),
+    (["--control", "expert", "--out", __file__], "--out.*is a file"),
+    (["--control", "expert", "--out", __file__ + "/eval"], "--out.*is a file"),
+    (["--control", "expert", "--execute", "2"], "--control expert has no use for --execute"),
+    (["--control", "random", "--ckpt", "/nowhere"], "/nowhere: no such file or folder"),
+    (["--replay", "tabletop", "--ckpt", "x"], "--replay tabletop has no use for --ckpt"),
+    (["--replay", "/nowhere"], "/nowhere has no manifest.json"),
+    (["--replay", "/nowhere", "--split", "val"], "--replay /nowhere has no use for --split"),
+    (["--episodes", "3"], "--ckpt is missing"),
+    (["--ckpt", "/nowhere"], "/nowhere: no such file or folder"),
+    (["--frames", "3"], "unrecognized arguments: --frames"),
+    (ckpt("--device", "toaster"), "'toaster' does not exist"),
+    (ckpt("--attn", "magic"), "'magic'.*auto, flash, sdpa, eager"),
+    (ckpt("--unnorm-key", "my_robot"), "'my_robot'.*'bridge', 'tabletop'"),
+    (ckpt("--execute", "99"), "execute=99.*8 actions"),
+    (ckpt("--preset", "large"), "'large' was asked for"),
+    (ckpt("--model", "a0"), "--model.*a0"),
+    (ckpt("--tokenizer", "/nowhere"), "/nowhere"),
+])
+def test_bad_flags_are_one_line(argv, message, checkpoint, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(checkpoint.rglob("*"))
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        eval_sim.main(argv(checkpoint) if callable(argv) else argv)
+    assert len(str(error.value).splitlines()) == 1 and "episodes" not in capfd.readouterr().err
+    assert sorted(checkpoint.rglob("*")) == before and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("file, content, message", [
+    ("model.safetensors", None, "model.safetensors"), ("model.safetensors", b"torn", "torn"),
+    ("config.json", b'{"method": "co', "config.json"), ("config.json", b'{"method": "os"}', "'os'; known"),
+    ("dataset_statistics.json", b"{", "dataset_statistics"),
+])
+def test_broken_checkpoint_is_one_line(file, content, message, checkpoint, tmp_path):
+    for path in checkpoint.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / file).unlink() if content is None else (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        eval_sim.main(["--ckpt", str(tmp_path), "--unnorm-key", "tabletop"])
+    assert len(str(error.value).splitlines()) == 1 and not (tmp_path / "eval").exists()
+
+
+@pytest.mark.parametrize("argv, line", [
+    (["--control", "expert", "--families", "fly"], "error: families 'fly': the tabletop knows pick, "),
+    (["--ckpt", "FOLDER", "--unnorm-key", "my_robot"], "error: unnorm_key='my_robot': this checkpoint has "),
+])
+def test_command_ends_with_one_line_and_code_2(argv, line, checkpoint, tmp_path):
+    argv = [str(checkpoint) if a == "FOLDER" else a for a in argv]
+    run = subprocess.run([sys.executable, eval_sim.__file__, *argv], cwd=tmp_path, capture_output=True,
+                         text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 2 and run.stderr.startswith(line) and run.stderr.count("\n") == 1, run.stderr
+    assert not any(tmp_path.iterdir())
+
+
+# ---- examples/pretrain_trunk.py ---------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def trunk():
+    sys.path.append(str(Path(eval_sim.__file__).parent / "examples"))
+    return importlib.import_module("pretrain_trunk")
+
+
+def test_trunk_questions_that_share_a_picture_are_answered_as_if_alone(trunk):
+    cfg = cogact.PRESETS["tiny"]
+    asker = trunk.Asker(cogact.Model(cfg, cogact.load_tokenizer(cfg))).eval()
+    grid = cfg.image_size // cfg.patch_size
+    scenes = [trunk.scene(s, cfg.image_size, grid) for s in seeds("pretrain", 2)]
+    together = trunk.make_batch(scenes, [0, 1], np.random.default_rng(0), asker.model)
+    answers, tasks = asker(together)[1:]
+    for q in range(4):
+        alone = together | {"ids": together["ids"][:, q:q + 1], "length": together["length"][:, q:q + 1]}
+        for a, b in zip((answers, tasks), asker(alone)[1:]):
+            assert np.allclose(a[:, q].detach(), b[:, 0].detach(), atol=1e-5)
+    first = {"ids": together["ids"][:, 0], "length": together["length"][:, 0], "images": together["images"]}
+    z = asker.model(first)                                                  # the policy's cognition feature
+    assert np.allclose(asker.answer_head(z[:, 0]).detach(), answers[:, 0].detach(), atol=1e-5)
+
+
+def test_trunk_learns_what_the_scene_says(trunk):
+    rgb, what, where, asked = trunk.scene(seeds("pretrain", 1)[0], 64, 8)
+    assert rgb.shape == (64, 64, 3) and what.shape == (64, 2) and where.shape == (64, 5) and len(asked) == 6
+    colours = {trunk.COLOUR_NAMES[i] for i in what[:, 0]}
+    env = Tabletop(FAMILIES, "pretrain", (), 64)
+    env.lay_out(seeds("pretrain", 1)[0])
+    assert {t.colour or t.shape for t in env.things} & colours and "nothing" in colours
+    for text, task, row, counts in asked:
+        assert text and 0 <= task < 2 * len(trunk.TASKS) and row.shape == counts.shape == (trunk.ANSWERS,)
+        assert any(t.name in text for t in env.things)

@@ -118,6 +118,7 @@ class Config:
     ema: float = 0.0                  # decay of an averaged copy of the weights; 0: none
     batch: int = 32                   # samples per process
     steps: int = 135_000              # paper: 135K
+    init: str = ""                    # weights train.py starts from, a path beside it; "": its --init, or none
     seed: int = 42
 
     def __post_init__(self):
@@ -137,13 +138,13 @@ PRESETS = {
     "small": Config(width=384, depth=6, heads=4),          # DiT-S, 12 M; heads of 96
     "base": Config(),                                      # DiT-B, 89 M: the checkpoint of the paper's tables
     "large": Config(width=1024, depth=24, heads=16),       # DiT-L, 308 M
-    "tiny": Config(                                        # 1.5 M trained parameters, for two CPU cores
+    "tiny": Config(                                        # 1.3 M trained parameters, for two CPU cores
         image_size=64, patch_size=8, dino_width=64, dino_depth=3, dino_heads=2, layer_scale=1.0,
         dino_mlp=256, siglip_width=64, siglip_depth=3, siglip_heads=2, siglip_mlp=239, llm_width=128,
         llm_depth=3, llm_heads=4, llm_mlp=256, llm_init=0.06, vocab=512, space_id=3, pad_id=4,
         tokenizer="tiny", width=96, depth=3, heads=4, horizon=8, execute=4, augment=False,
-        train_resize="bicubic", padding="mask", data="tabletop", lr=1e-3, lr_schedule="cosine", warmup=50,
-        batch=64, steps=2000),
+        train_resize="bicubic", padding="mask", data="tabletop", lr=6e-4, lr_schedule="cosine", warmup=50,
+        batch=32, steps=3000, init="assets/cogact_tiny_trunk.safetensors"),
 }
 
 

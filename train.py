@@ -1,15 +1,15 @@
 """
 Train any method of this folder: one process on a CPU or many on GPUs, by the same flat loop.
 
-    python train.py --model cogact                                   # tiny, tabletop, CPU: train, evaluate, film
+    python train.py --model cogact                             # tiny, tabletop, CPU: train, evaluate, film
     python train.py --model cogact --preset base --data my_file.py:make_dataset --init FOLDER --dry-run
     torchrun --standalone --nproc_per_node=8 train.py --model cogact --preset base --data ... --shard
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py ...
-    python train.py --model cogact --out runs/cogact-tiny --resume   # go on after a kill; the flags are remembered
+    python train.py --model cogact --out runs/mine --resume    # go on after a kill; the flags are remembered
 
 The recipe (lr, schedule, batch, steps, EMA ...) is the preset's; `--set name=value` changes any field of the
-method's Config. The method is MODEL.py, the samples and their order data.py. Here: run() at the end, one loop of
-five titled paragraphs; above it the flags and the functions that it calls.
+method's Config. The method is MODEL.py, the samples and their order data.py. Here: run() at the end, one loop
+of five titled paragraphs; above it the flags and the functions that it calls.
 
 OUT/step-000400/   a checkpoint folder (see common.py); with EMA its weights are the average
     training_state/run.json            the flags and the step
@@ -23,6 +23,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import gc
 import importlib
 import importlib.util
 import json
@@ -43,7 +44,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -65,15 +66,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def flags():
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument_group("what").add_argument
     add("--model", help=f"the method, a file of this folder: {', '.join(METHODS)}")
     add("--preset", default="tiny", help="a key of the method's PRESETS")
-    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="override Config fields")
+    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="other Config values")
     add("--init", help="weights to start from: folder, file, hub id, or none (default: the preset's)")
     add("--tokenizer", help="tokenizer folder or hub id (default: the preset's)")
     add("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
-    add("--dry-run", action="store_true", help="one real batch: prompt, shapes, loss, memory estimate; no more")
+    add("--dry-run", action="store_true", help="only one real batch: prompt, shapes, loss, memory")
 
     add = p.add_argument_group("data").add_argument
     add("--data", help="tabletop, tabletop:all, my_file.py:make_dataset (default: the preset's)")
@@ -87,16 +88,16 @@ def flags():
     add("--steps", type=int, help="optimizer steps (default: the preset's)")
     add("--batch", type=int, help="samples per process and forward pass (default: the preset's)")
     add("--global-batch", type=int, help="samples per step; gradients are accumulated to reach it")
-    add("--ema", type=float, help="decay of an averaged copy of the weights; 0: none (default: the preset's)")
+    add("--ema", type=float, help="decay of an averaged copy of the weights; 0: none (default: preset's)")
     add("--seed", type=int, help="of first weights, order and draws (default: the preset's)")
     add("--device", default="auto", help="auto, cpu, cuda, mps ...")
     add("--dtype", choices=("auto", "bf16", "fp32"), default="auto",
         help="of the arithmetic, weights stay fp32; auto: bf16 on CUDA, else fp32")
     add("--attn", choices=common.ATTENTION, default="auto", help="attention kernel")
-    add("--shard", action="store_true", help="FSDP2: split weights, gradients, optimizer over the processes")
-    add("--checkpointing", action="store_true", help="recompute each block in the backward pass; saves memory")
-    add("--lora", type=int, default=0, metavar="R", help="train rank-R adapters of the language model in place "
-        "of its weights; the rest trains as usual; saved merged")
+    add("--shard", action="store_true", help="FSDP2: split weights and optimizer over the processes")
+    add("--checkpointing", action="store_true", help="recompute blocks in the backward pass: less memory")
+    add("--lora", type=int, default=0, metavar="R",
+        help="train rank-R adapters of the language model, not its weights; all else as usual; saved merged")
     add("--compile", action="store_true", help="torch.compile, block by block")
 
     add = p.add_argument_group("output").add_argument
@@ -105,7 +106,7 @@ def flags():
     add("--save-every", type=int, default=500, help="steps between checkpoints; 0: only the last")
     add("--keep", type=int, default=2, help="how many of the newest checkpoints stay; 0: all")
     add("--log-every", type=int, default=20, help="steps between status lines")
-    add("--eval-episodes", type=int, help="closed-loop episodes at the end (default: 200 with tabletop data)")
+    add("--eval-episodes", type=int, help="closed-loop episodes at the end (default: tabletop 200)")
     add("--tensorboard", action="store_true", help="write TensorBoard events into --out")
     add("--wandb", metavar="PROJECT", help="log to this Weights & Biases project")
     return p
@@ -117,10 +118,12 @@ def parse(argv):
     args = p.parse_args(argv)
     if not args.model:
         raise ValueError(f"--model is missing: choose one of {', '.join(METHODS)}.")
-    choose("--model", args.model, METHODS)
+    choose("--model: there is no method", args.model, METHODS)
     args.out = args.out or Path("runs") / f"{args.model}-{args.preset}"
     if args.resume:
-        found = newest(args.out)
+        if not args.out.is_dir():
+            raise ValueError(f"--resume: there is no run in {args.out}. Leave --resume away to start one.")
+        found = (checkpoints(args.out) or [None])[-1]
         kept = found / "training_state" / "run.json" if found else args.out / "run.json"
         if kept.is_file():                                     # flags given now override those of the run
             p.set_defaults(**common.read_json(kept)["args"])
@@ -145,24 +148,21 @@ def parse(argv):
     return args, module, cfg, found
 
 
-def choose(option, name, known):
+def choose(complaint, name, known):
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
-        raise ValueError(f"{option} {name}: " + (f"did you mean {near[0]!r}? " if near else "") +
-                         f"There are {', '.join(known)}.")
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}."
+        raise ValueError(f"{complaint} {name!r}; {hint}")
 
 
 def configure(module, args):
     """The preset's Config with --set, --steps, --batch ... applied."""
-    choose("--preset", args.preset, list(module.PRESETS))
+    choose(f"--preset: {args.model} has no", args.preset, list(module.PRESETS))
     cfg, changes = module.PRESETS[args.preset], {}
     known = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
     for item in args.set:
         name, equals, text = item.partition("=")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; its fields are at the top of {args.model}.py."
-            raise ValueError(f"{args.model}.Config has no field {name!r}{hint}")
+        choose(f"{args.model}.Config has no field", name, list(known))
         if not equals:
             raise ValueError(f"--set {item}: {name}=VALUE is wanted (it is {known[name]!r} now).")
         changes[name] = value_like(f"--set {item}", text, known[name])
@@ -173,8 +173,8 @@ def configure(module, args):
         changes["compute"] = args.dtype
     cfg = dataclasses.replace(cfg, **changes)
     if cfg.steps < 1 or cfg.batch < 1 or not 0 <= cfg.ema < 1:
-        raise ValueError(f"steps={cfg.steps}, batch={cfg.batch}, ema={cfg.ema}: steps and batch are at least 1, "
-                         "0 <= ema < 1.")
+        raise ValueError(f"steps={cfg.steps}, batch={cfg.batch}, ema={cfg.ema}: steps and batch are at least "
+                         "1, and 0 <= ema < 1.")
     return cfg
 
 
@@ -197,11 +197,10 @@ def value_like(where, text, old):
     return value
 
 
-def newest(out):
-    """The newest checkpoint of a run, None before its first. What is called step-* is whole (see write)."""
-    if not out.is_dir():
-        raise ValueError(f"--resume: there is no run in {out}. Leave --resume away to start one.")
-    return max(out.glob("step-*"), key=lambda path: int(path.name[5:]), default=None)
+def checkpoints(out):
+    """The checkpoints of a run, newest last. What is called step-* is whole (see write)."""
+    found = (path for path in out.glob("step-*") if path.name[5:].isdigit())
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 # ---- The model, and what is wrapped around it -------------------------------------------------------------
@@ -228,10 +227,14 @@ def build(module, cfg, args, tokenizer, stats, attn, found):
         model.fresh = ["everything"]
     else:
         values = {k: v for k, v in dataclasses.asdict(cfg).items() if k != "tokenizer"}
-        model = module.from_pretrained(init, tokenizer=tokenizer, attn=attn, **values).float()   # master weights
+        model = module.from_pretrained(init, tokenizer=tokenizer, attn=attn, **values)
+        model.float()                                          # master weights, whatever the file held
         model.cfg, model.stats = cfg, stats
-    if found and not args.lora:                                # LoRA starts again from the base weights: restore()
+    if found and not args.lora:                                # LoRA: from the base weights; see restore()
         load_part(model, found / "model.safetensors", "--resume")
+        if model.fresh:
+            raise ValueError(f"--resume {found}: model.safetensors lacks {model.fresh[0]}, it is another's.")
+        model.origin = common.load_config(found).get("origin", {})
     elif init.endswith(".safetensors"):
         load_part(model, Path(init), "--init")
         model.origin = {"started from": Path(init).name}
@@ -243,13 +246,13 @@ def build(module, cfg, args, tokenizer, stats, attn, found):
 
 @torch.no_grad()
 def load_part(model, path, option):
-    """Copy a file's tensors into the model: each must fit; what the file does not hold is listed as fresh."""
+    """Copy a file's tensors into the model: each must fit; what is not in the file is `fresh`."""
     part, own = common.load_weights(path), model.state_dict()
     for name, value in part.items():
         if name not in own or own[name].shape != value.shape:
             has = f"has {tuple(own[name].shape)}" if name in own else "has no such weight"
-            raise ValueError(f"{option} {path}: {name} {tuple(value.shape)} does not fit, this model {has}. Use "
-                             "weights made for this preset, or --init none.")
+            raise ValueError(f"{option} {path}: {name} {tuple(value.shape)} does not fit, this model {has}. "
+                             "Use weights made for this preset, or --init none.")
         own[name].copy_(value)
     begun = {name.split(".")[0] for name in part}              # modules of which nothing came: by one name
     model.fresh = list({name if name.split(".")[0] in begun else name.split(".")[0]: None
@@ -257,7 +260,7 @@ def load_part(model, path, option):
 
 
 def add_lora(model, rank):
-    """Adapters on every linear layer that trains in what comes from transformers, whose own weights freeze."""
+    """Adapters on every linear layer that trains in what comes from transformers; its own weights freeze."""
     if importlib.util.find_spec("peft") is None:
         raise ValueError("--lora needs peft: pip install peft.")
     from peft import LoraConfig, inject_adapter_in_model
@@ -285,8 +288,8 @@ def merge_lora(state):
 
 
 def wrap(model, args, device, dtype, world):
-    """Checkpointing and compile per block, then DDP or FSDP2. Returns the module whose forward is the loss."""
-    for block in model.blocks():                               # their forward alone: FSDP's hooks stay outside
+    """Checkpointing and compile per block, then DDP or FSDP2: the module whose forward is the loss."""
+    for block in model.blocks():                               # only forward: FSDP's hooks stay outside
         if args.checkpointing:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         if args.compile:
@@ -294,8 +297,8 @@ def wrap(model, args, device, dtype, world):
     if not args.shard:
         step = Step(model.to(device))
         return nn.parallel.DistributedDataParallel(step) if world > 1 else step
-    # Blocks are gathered and computed in bf16 and hand on float32, as autocast has it without FSDP. What is not
-    # in a block is small and stays float32, so act() with its float32 action head runs on the sharded model.
+    # Blocks are gathered and computed in bf16 and hand on float32, as autocast has it without FSDP. What is
+    # in no block is small and stays float32, so act() with its float32 action head runs on a sharded model.
     low = (torch.bfloat16, torch.float32, torch.float32) if dtype == torch.bfloat16 else ()
     mesh = dist.init_device_mesh(device.type, (world,))
     for block in model.blocks():
@@ -330,7 +333,7 @@ def gather(tensors, keep):
 
 @torch.no_grad()
 def swap(params, average):
-    """Exchange weights and their average in place: bit-exact, its own inverse. Without an average: nothing."""
+    """Exchange weights and their average in place (none: nothing happens): bit-exact, its own inverse."""
     for w, a in zip(map(local, params.values()), average):
         kept = w.clone()
         w.copy_(a)
@@ -342,7 +345,8 @@ def lr_factor(cfg, step):
     warm = min(1.0, (step + 1) / max(1, cfg.warmup))
     if cfg.lr_schedule == "constant":
         return warm
-    return warm * 0.5 * (1 + math.cos(math.pi * max(0, step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)))
+    done = max(0, step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+    return warm * 0.5 * (1 + math.cos(math.pi * done))
 
 
 # ---- Data -------------------------------------------------------------------------------------------------
@@ -372,7 +376,7 @@ def to_device(batch, device):
 
 
 def held_out(dataset, n, batch, prepare, collate, rank, world):
-    """[(dataset name, samples, batch)]: this rank's share of n samples spread over the set; as many on each."""
+    """[(dataset name, samples, batch)]: a rank's share of n samples spread over the set; all have as many."""
     if dataset is None:
         return []
     if hasattr(dataset, "__len__"):
@@ -381,7 +385,7 @@ def held_out(dataset, n, batch, prepare, collate, rank, world):
     else:
         samples = list(islice(dataset, n))
     batches = []
-    for name in sorted({s["dataset"] for s in samples}):       # act() takes one dataset's statistics at a time
+    for name in sorted({s["dataset"] for s in samples}):       # act() takes the statistics of one
         same = [(key, s) for key, s in enumerate(samples) if s["dataset"] == name]
         same = (same * world)[rank::world][:max(1, len(same) // world)]
         for part in (same[i:i + batch] for i in range(0, len(same), batch)):
@@ -391,7 +395,7 @@ def held_out(dataset, n, batch, prepare, collate, rank, world):
 
 @torch.no_grad()
 def validate(wrapped, batches, device, precision):
-    """Loss, and the mean |predicted - recorded| of each action dim in robot units (open loop); over all ranks."""
+    """Loss, and the mean |predicted - recorded| of each action dim in robot units (open loop); all ranks."""
     step = wrapped.module if isinstance(wrapped, nn.parallel.DistributedDataParallel) else wrapped
     loss_sum, seen, error, entries = 0.0, 0, 0.0, 0
     wrapped.eval()
@@ -400,12 +404,14 @@ def validate(wrapped, batches, device, precision):
         for name, samples, batch in batches:
             with precision():
                 loss_sum += step(to_device(batch, device))[0].item() * len(samples)
-            chunks = torch.as_tensor(step.act(samples, name)[0])                               # (B, T, A)
-            target = torch.stack([torch.from_numpy(s["actions"]) for s in samples])            # (B, T, A)
-            mask = torch.stack([torch.from_numpy(s["loss_mask"]) for s in samples])[..., None]  # (B, T, 1)
-            error = error + ((chunks - target).abs() * mask).sum((0, 1)).double()              # (A,)
+            chunks = torch.as_tensor(step.act(samples, name)[0])                           # (B, T, A)
+            target = torch.stack([torch.from_numpy(s["actions"]) for s in samples])        # (B, T, A)
+            mask = torch.stack([torch.from_numpy(s["loss_mask"]) for s in samples])        # (B, T)
+            error = error + ((chunks - target).abs() * mask[..., None]).sum((0, 1)).double()   # (A,)
             seen, entries = seen + len(samples), entries + mask.sum().item()
     wrapped.train()
+    if isinstance(step, FSDPModule):                           # without a backward pass the root stays whole,
+        step.reshard()                                         # and the next step would use these weights
     total = torch.cat([torch.tensor([loss_sum, seen, entries], dtype=torch.float64), error])
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -431,13 +437,14 @@ def claim(args, about):
 
 
 def clean(args, step, about):
-    """Remove what a killed run left half-written and log lines after `step`; --overwrite: the old run, too."""
+    """Remove what a killed run left half-written, and log lines after `step`; --overwrite: the old run."""
     out, log = args.out, args.out / "metrics.jsonl"
-    for path in [*out.glob(".*.part"), *(out.glob("step-*") if args.overwrite else ())]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in [*out.glob(".*.part"), *(checkpoints(out) if args.overwrite else ())]:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     for name in ("last", "metrics.jsonl") if args.overwrite else ():
         (out / name).unlink(missing_ok=True)
     common.write_json(out / "run.json", about)
+    settle(args)
     kept = []
     for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
         with contextlib.suppress(ValueError):                  # a line that the kill cut in two
@@ -455,8 +462,8 @@ def check_same_run(found, args, cfg):
     other = [f"{name}: {saved[name]!r} there, {now[name]!r} now" for name in now
              if name not in ("steps", "batch") and name in saved and saved[name] != now[name]]
     if other:
-        raise ValueError(f"--resume {found}: that run was another one ({'; '.join(other)}). Leave these flags "
-                         "away, or start a new run with --init.")
+        raise ValueError(f"--resume {found}: that run was another one ({'; '.join(other)}). Leave these "
+                         "flags away, or start a new run with --init.")
 
 
 @torch.no_grad()
@@ -464,7 +471,7 @@ def restore(found, optimizer, params, device, rank):
     """Put back the optimizer, the draws, and weights of which model.safetensors holds something else."""
     state = common.load_weights(found / "training_state" / "state.safetensors")
     for name, p in params.items():
-        for kind in ("step", "exp_avg", "exp_avg_sq"):         # a parameter that never had a gradient has none
+        for kind in ("step", "exp_avg", "exp_avg_sq"):         # none where there never was a gradient
             if f"{kind}/{name}" in state:
                 value = state[f"{kind}/{name}"]
                 optimizer.state[p][kind] = value.to(p.device) if kind == "step" else like(p, value)
@@ -478,8 +485,9 @@ def restore(found, optimizer, params, device, rank):
 
 
 def save(args, step, model, optimizer, params, average, device, about, rank, world):
-    """Write OUT/step-NNNNNN, move OUT/last to it. Collective; a failed write ends all, the old files intact."""
-    state = {f"{kind}/{name}": x for name, p in params.items() for kind, x in optimizer.state.get(p, {}).items()}
+    """Write OUT/step-NNNNNN, move OUT/last to it. Collective; a failed write ends all, old files intact."""
+    state = {f"{kind}/{name}": x for name, p in params.items()
+             for kind, x in optimizer.state.get(p, {}).items()}
     if average or args.lora:
         state |= {f"weights/{name}": p for name, p in params.items()}
     state = gather(state, keep=rank == 0)
@@ -504,24 +512,29 @@ def save(args, step, model, optimizer, params, average, device, about, rank, wor
         raise OSError(problem[0]) if rank == 0 else SystemExit(2)      # one process says it
 
 
+def settle(args):
+    """OUT/last to the newest checkpoint, then prune. Also when a run goes on that was killed in between."""
+    found, link = checkpoints(args.out), args.out / ".last.part"
+    if found:
+        link.unlink(missing_ok=True)
+        link.symlink_to(found[-1].name)
+        os.replace(link, args.out / "last")
+    for path in found[:-args.keep] if args.keep else ():
+        gone = args.out / f".{path.name}.part"                 # renamed first: what is called step-* is whole
+        os.replace(path, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
 def write(args, step, model, weights, state, about):
     """The files of one checkpoint, the link, the pruning."""
-    out, folder = args.out, args.out / f"step-{step:06d}"
+    folder = args.out / f"step-{step:06d}"
     command = f"train.py --model {args.model} --preset {args.preset} --data {args.data}"
     with common.atomic_folder(folder) as part:
         model.save_pretrained(part, {"trained with": command, "steps": step}, state=weights)
         (part / "training_state").mkdir()
         save_file(state, part / "training_state" / "state.safetensors")
         common.write_json(part / "training_state" / "run.json", about | {"step": step})
-    link = out / ".last.part"
-    link.unlink(missing_ok=True)
-    link.symlink_to(folder.name)
-    os.replace(link, out / "last")
-    old = sorted(out.glob("step-*"), key=lambda path: int(path.name[5:]))
-    for path in old[:-args.keep] if args.keep else ():
-        gone = out / f".{path.name}.part"                      # renamed first: what is called step-* is whole
-        os.replace(path, gone)
-        shutil.rmtree(gone, ignore_errors=True)
+    settle(args)
 
 
 # ---- What is measured and printed -------------------------------------------------------------------------
@@ -542,15 +555,16 @@ def measured_peak(device, dtype):
 
 def memory_used(device):
     """Peak bytes so far, of the accelerator or of this process."""
-    if device.type != "cpu":
+    if device.type not in ("cpu", "mps"):                      # Apple's memory is one
         return torch.accelerator.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def memory_free(device):
-    if device.type != "cpu":
+    if device.type not in ("cpu", "mps"):
         return torch.accelerator.get_memory_info(device)[0]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES" if sys.platform == "linux" else "SC_PHYS_PAGES")
+    pages = "SC_AVPHYS_PAGES" if sys.platform == "linux" else "SC_PHYS_PAGES"
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf(pages)
 
 
 def short(x):
@@ -586,7 +600,8 @@ class Log:
         try:
             self.file.write((json.dumps({"step": step} | row) + "\n").encode())
         except OSError as e:
-            raise OSError(f"cannot write {self.file.name}: {e.strerror}. Free some space, then --resume.") from e
+            why = f"cannot write {self.file.name}: {e.strerror}. Free some space, then --resume."
+            raise OSError(why) from e
         row = {name: x for name, x in row.items() if not isinstance(x, list)} | {
             f"{name}/{i}": x for name, xs in row.items() if isinstance(xs, list) for i, x in enumerate(xs)}
         for name, x in row.items() if self.board else ():
@@ -616,9 +631,10 @@ def stop_if_not_finite(first_bad, names, args, rank, world):
         return
     if rank:
         raise SystemExit(2)                                    # one process says it
-    raise ValueError(f"the loss or its gradient is not finite at step {step} on rank {where} (data: {', '.join(sets)}). "
-                     f"Nothing was saved since; the newest checkpoint is {newest(args.out) or 'none'}. Look at that "
-                     "data, or lower the learning rate (--set lr=...).")
+    kept = checkpoints(args.out)[-1:]
+    raise ValueError(f"the loss or its gradient is not finite at step {step} on rank {where} (data: "
+                     f"{', '.join(sets)}). Nothing was saved since; the newest checkpoint is "
+                     f"{kept[0] if kept else 'none'}. Look at that data, or lower the learning rate (--set).")
 
 
 def dry_run(say, wrapped, model, item, trainable, device, precision, args, cfg, world):
@@ -628,8 +644,8 @@ def dry_run(say, wrapped, model, item, trainable, device, precision, args, cfg, 
     if "ids" in batch:
         say(f"prompt    {model.tokenizer.decode(batch['ids'][0])!r}")
     for name, x in batch.items():
-        say(f"{name:<9} {str(tuple(x.shape)):<20} {str(x.dtype)[6:]:<8} {x.min().item()} .. {x.max().item()}")
-    stored = {}                                                # memory that the backward pass needs, by address
+        say(f"{name:<9} {tuple(x.shape)!s:<20} {str(x.dtype)[6:]:<8} {x.min().item()} .. {x.max().item()}")
+    stored = {}                                                # what the backward pass needs, by address
 
     def note(x):
         stored[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
@@ -656,7 +672,7 @@ def closed_loop(args, module, attn, device):
     """Let the checkpoint drive in the simulator: success per task, and a film."""
     import eval_sim
     named = args.data.partition(":")[2]
-    families = eval_sim.FAMILIES if named == "all" else tuple(named.split(",")) if named else eval_sim.DEFAULT_FAMILIES
+    families = {"": eval_sim.DEFAULT_FAMILIES, "all": eval_sim.FAMILIES}.get(named, tuple(named.split(",")))
     model = module.from_pretrained(args.out / "last", attn=attn, device=device)
     results = eval_sim.evaluate(model, module, families, args.eval_episodes, out=args.out / "eval")
     eval_sim.print_table(results)
@@ -684,32 +700,35 @@ def run(cleanup, args, module, cfg, found):
     args.global_batch = args.global_batch or cfg.batch * world
     accumulation, rest = divmod(args.global_batch, cfg.batch * world)
     if rest or not accumulation:
-        raise ValueError(f"--global-batch {args.global_batch} is no multiple of batch x processes = {cfg.batch} x "
-                         f"{world}; change --batch.")
+        raise ValueError(f"--global-batch {args.global_batch} is no multiple of batch x processes = "
+                         f"{cfg.batch} x {world}; change --batch.")
     if found:
         check_same_run(found, args, cfg)
-    about = {"args": {k: v for k, v in vars(args).items() if k not in ("out", "resume", "overwrite", "dry_run")}}
+    about = {"args": {name: value for name, value in vars(args).items()
+                      if name not in ("out", "resume", "overwrite", "dry_run")}}
     if rank == 0 and not args.dry_run:
         claim(args, about)
     if device.type != "cpu" and torch.accelerator.device_count() > 1:
         torch.accelerator.set_device_index(local_rank if device.index is None else device.index)
     if world > 1 or args.shard:
-        gpu = "" if device.type == "cpu" else f",{device.type}:{dist.get_default_backend_for_device(device)}"
+        backend = "gloo" if device.type == "cpu" else (
+            f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}")
         alone = {} if world > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("cpu:gloo" + gpu if gpu else "gloo", timeout=timedelta(hours=2), **alone)
+        dist.init_process_group(backend, timeout=timedelta(hours=2), **alone)
 
     # ---- data, model, optimizer
     train, val = open_data(args, cfg)
     stats = data.dataset_statistics(train)
-    tokenizer = module.load_tokenizer(cfg, found)
+    tokenizer = module.load_tokenizer(cfg, found or (args.init and Path(args.init)))
     common.seed_everything(cfg.seed)                           # the same first weights on every rank
     model = build(module, cfg, args, tokenizer, stats, attn, found)
     wrapped = wrap(model, args, device, dtype, world).train()
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    groups = [{"params": list(params.values())}]
+    groups = params.values()
     if hasattr(model, "param_groups"):
         groups = model.param_groups(cfg.lr, cfg.weight_decay)
-    optimizer = torch.optim.AdamW(groups, cfg.lr, cfg.betas, getattr(cfg, "eps", 1e-8), cfg.weight_decay, fused=True)
+    eps = getattr(cfg, "eps", 1e-8)
+    optimizer = torch.optim.AdamW(groups, cfg.lr, cfg.betas, eps, cfg.weight_decay, fused=True)
     full_lr = [group["lr"] for group in optimizer.param_groups]
     average = [local(p).detach().clone() for p in params.values()] if cfg.ema else []
     peak = measured_peak(device, dtype)
@@ -717,7 +736,8 @@ def run(cleanup, args, module, cfg, found):
     start = restore(found, optimizer, params, device, rank) if found else 0
     workers = args.workers
     if workers is None:
-        workers = 0 if device.type == "cpu" else min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        workers = 0 if device.type == "cpu" else min(8, os.cpu_count() // ranks_here)
     prepare = functools.partial(module.prepare, cfg=cfg, tokenizer=tokenizer, stats=stats)
     collate = functools.partial(module.collate, cfg=cfg)
     batches = data.loader(train, functools.partial(with_name, functools.partial(prepare, train=True)),
@@ -728,12 +748,14 @@ def run(cleanup, args, module, cfg, found):
     values = (f"{name}={str(value).replace(' ', '')}" for name, value in dataclasses.asdict(cfg).items())
     counts = [len(d) if hasattr(d, "__len__") else "no" if d is None else "?" for d in (train, val)]
     say(textwrap.fill(f"{args.model} {args.preset}: {' '.join(values)}", 110, break_on_hyphens=False))
-    say(f"parameters {short(total)} total, {short(trainable)} trainable; fresh: {', '.join(model.fresh) or 'none'}")
-    say(f"samples per step {args.global_batch} = {cfg.batch} x {world} processes x {accumulation} accumulated")
+    how = "FSDP" if args.shard else "DDP" if world > 1 else "one process"
+    fresh = ", ".join(model.fresh) or "none"
+    say(f"parameters {short(total)} total, {short(trainable)} trainable; fresh: {fresh}")
+    say(f"samples per step {args.global_batch} = {cfg.batch} x {world} processes x "
+        f"{accumulation} accumulated")
     say(f"data {args.data}: {counts[0]} training and {counts[1]} validation samples, {workers} workers")
-    say(f"attention {attn}, device {device}, {'bf16' if bf16 else 'fp32'}, "
-        f"{'FSDP' if args.shard else 'DDP' if world > 1 else 'one process'}; mfu is relative to {short(peak)}FLOP/s, "
-        "measured now")
+    say(f"attention {attn}, device {device}, {'bf16' if bf16 else 'fp32'}, {how}; mfu is a share of "
+        f"{short(peak)}FLOP/s, measured now")
     if args.dry_run:
         return dry_run(say, wrapped, model, next(batches), trainable, device, precision, args, cfg, world)
 
@@ -743,13 +765,13 @@ def run(cleanup, args, module, cfg, found):
         clean(args, start, about)
         log = cleanup.enter_context(contextlib.closing(Log(args, cfg)))
     checks = held_out(val, args.val_samples, cfg.batch, prepare, collate, rank, world)
-    stopped = []                                               # names of signals; a second one changes nothing
+    stopped = []                                               # names of signals; more change nothing
     for number in (signal.SIGTERM, signal.SIGINT):
         before = signal.signal(number, lambda n, _: stopped.append(signal.Signals(n).name))
         cleanup.callback(signal.signal, number, before)
     if args.resume:
-        say(f"resuming {found} at step {start}" if found else f"no checkpoint in {args.out} yet: starting at step 0")
-    bar = cleanup.enter_context(tqdm(total=cfg.steps, initial=start, disable=rank > 0, unit="step", dynamic_ncols=True))
+        say(f"resuming {found} at step {start}" if found else f"no checkpoint in {args.out} yet: from step 0")
+    bar = cleanup.enter_context(tqdm(total=cfg.steps, initial=start, disable=rank > 0, unit="step"))
     first_bad = torch.tensor(NEVER, device=device)
     step, sums, names, waited, flops, clock = start, {}, {}, 0.0, 0, time.perf_counter()
 
@@ -762,16 +784,15 @@ def run(cleanup, args, module, cfg, found):
 
         # ---- forward and backward
         for i, (_, batch) in enumerate(micro):
-            last = i + 1 == accumulation                       # gradients travel between processes once per step
-            hold = contextlib.nullcontext()
+            last = i + 1 == accumulation                       # gradients travel once per step
             if args.shard:
                 wrapped.set_requires_gradient_sync(last)
-            elif world > 1 and not last:
-                hold = wrapped.no_sync()
-            with hold:
-                with precision(), contextlib.nullcontext() if flops else FlopCounterMode(display=False) as counter:
-                    loss, logs = wrapped(to_device(batch, device))
-                (loss / accumulation).backward()
+            elif world > 1:
+                wrapped.require_backward_grad_sync = last      # as DDP's no_sync() does
+            counter = contextlib.nullcontext() if flops else FlopCounterMode(display=False)
+            with precision(), counter:
+                loss, logs = wrapped(to_device(batch, device))
+            (loss / accumulation).backward()
             flops = flops or counter.get_total_flops()         # of one forward pass, counted once
             for name, value in ({"loss": loss.detach()} | logs).items():
                 sums[name] = sums.get(name, 0) + value.float() / accumulation
@@ -783,7 +804,7 @@ def run(cleanup, args, module, cfg, found):
             group["lr"] = lr * lr_factor(cfg, step - 1)
         optimizer.step()
         optimizer.zero_grad()
-        if average:                                            # a shorter memory while there is little to remember
+        if average:                                            # a shorter memory in the first steps
             decay = min(cfg.ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(average, [local(p).detach() for p in params.values()], 1 - decay)
         sums["grad"] = sums.get("grad", 0) + norm
@@ -792,7 +813,7 @@ def run(cleanup, args, module, cfg, found):
 
         # ---- log
         stop = torch.tensor(int(bool(stopped)))
-        if world > 1:                                          # all leave after the same step; CPU to CPU, no sync
+        if world > 1:                                          # all leave after the same step (CPU, no sync)
             dist.all_reduce(stop, dist.ReduceOp.MAX)
         leave = bool(stop) or step == cfg.steps
         keep = leave or (args.save_every and step % args.save_every == 0)
@@ -804,7 +825,7 @@ def run(cleanup, args, module, cfg, found):
             if world > 1:
                 dist.all_reduce(means)
             seconds = (time.perf_counter() - clock) / len(names)
-            model_flops = (2 if args.lora else 3) * flops * accumulation       # frozen: no gradient of the weights
+            model_flops = (2 if args.lora else 3) * flops * accumulation   # 2: frozen weights need none
             row = dict(zip(sums, means.tolist())) | {
                 "lr": optimizer.param_groups[0]["lr"], "ms": seconds * 1e3,
                 "samples_per_s": args.global_batch / seconds, "mfu": model_flops / seconds / peak,
@@ -812,16 +833,16 @@ def run(cleanup, args, module, cfg, found):
             if log:
                 bar.write(status(step, cfg.steps, row))
                 log(step, row)
-            if check:
-                swap(params, average)
-                row = validate(wrapped, checks, device, precision)
-                swap(params, average)
-                if log:
-                    errors = " ".join(f"{e:.4f}" for e in row["val_action_error"])
-                    bar.write(f"step {step}/{cfg.steps} | validation loss {row['val_loss']:.4f} | "
-                              f"action error {errors} (robot units, open loop)")
-                    log(step, row)
             sums, names, waited = {}, {}, 0.0
+        if check:
+            swap(params, average)
+            row = validate(wrapped, checks, device, precision)
+            swap(params, average)
+            errors = " ".join(f"{e:.4f}" for e in row["val_action_error"])
+            if log:
+                bar.write(f"step {step}/{cfg.steps} | validation loss {row['val_loss']:.4f} | "
+                          f"action error {errors} (robot units, open loop)")
+                log(step, row)
 
         # ---- save
         if keep:
@@ -833,8 +854,12 @@ def run(cleanup, args, module, cfg, found):
 
     # ---- after the last step
     cleanup.close()
+    # Memory for the evaluation. And DDP must let go of the process group before that is destroyed: gloo's
+    # destructor waits for a thread that may wait for Python (torch 2.13: one run of 20 hung).
+    del wrapped, model, optimizer, params, average, checks
+    gc.collect()
     if dist.is_initialized():
-        dist.all_reduce(torch.zeros(1))                        # nobody leaves while another still needs the others
+        dist.all_reduce(torch.zeros(1))                        # nobody leaves while another needs it
         dist.destroy_process_group()
     if rank:
         return
@@ -843,13 +868,12 @@ def run(cleanup, args, module, cfg, found):
               f"{args.model} --out {args.out} --resume")
         return
     print(f"trained in {(time.time() - begin) / 60:.1f} minutes: {args.out / 'last'}")
-    del wrapped, model, optimizer, params, average, checks     # their memory is the evaluation's
     if args.eval_episodes:
         closed_loop(args, module, attn, device)
     print(f"{(time.time() - begin) / 60:.1f} minutes in all. Next:\n"
-          f"  python eval_sim.py --ckpt {args.out}/last --families all --episodes 300   # every task of the tabletop\n"
-          f"  python eval_sim.py --ckpt {args.out}/last --control all                   # wrong words, no picture, random\n"
-          f"  python serve.py --ckpt {args.out}/last                                    # drive a robot over HTTP")
+          f"  python eval_sim.py --ckpt {args.out}/last --families all --episodes 300   # every task\n"
+          f"  python eval_sim.py --ckpt {args.out}/last --control all   # wrong words, no picture, random\n"
+          f"  python serve.py --ckpt {args.out}/last                    # drive a robot over HTTP")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """
 Run this project's scripts as processes of their own, without paying for `import torch` in each.
 
-A helper process imports everything once and forks for every call, so each call is a real process: its own exit code,
-streams, signals and limits; with world=2, two processes that find each other as under torchrun.
+A helper process imports everything once and forks for every call, so each call is a real process: its own
+exit code, streams, signals and limits; with world=2, two processes that find each other as under torchrun.
 
     run = forks.shared();  run("train.py --model cogact", cwd=folder)  ->  Done(rc, out, err, seconds)
 """
@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-OPERATIONS = ((os, "replace"), (os, "fsync"), (shutil, "rmtree"), (Path, "symlink_to"), (Path, "mkdir"), (Path, "unlink"))
+OPERATIONS = ((os, "replace"), (os, "fsync"), (shutil, "rmtree"), (Path, "symlink_to"), (Path, "mkdir"),
+              (Path, "unlink"))
 
 
 class Done(NamedTuple):
@@ -36,16 +37,16 @@ class Done(NamedTuple):
 
 class Forks:
     def __init__(self):
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-        self.server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                       env=environment)
+        self.server = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
         atexit.register(self.server.stdin.close)
 
     def __call__(self, command, *more, cwd, **how):
         """command: "train.py --model ..." (split at spaces), then more arguments.
 
-        how: kill_after=seconds, kill_at=k (kill -9 just before the k-th file operation of OPERATIONS), term_at=text
-        (SIGTERM to all processes when rank 0 has printed it), fsize=bytes (no larger file can be written), world=N.
+        how: kill_after=seconds; kill_at=k: kill -9 just before the k-th of OPERATIONS; term_at=text: SIGTERM
+        to all when rank 0 has printed it; fsize=bytes: no larger file can be written; world=N processes.
         """
         job = {"argv": [*command.split(), *map(str, more)], "cwd": str(cwd), **how}
         self.server.stdin.write(json.dumps(job) + "\n")
@@ -65,8 +66,8 @@ def become(job, rank, world, port, folder):
     sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
     os.chdir(job["cwd"])
     if world > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="localhost",
-                          MASTER_PORT=str(port))
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                          MASTER_ADDR="localhost", MASTER_PORT=str(port))
     if "fsize" in job:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["fsize"], job["fsize"]))
     left = job.get("kill_at", 0)
@@ -112,7 +113,7 @@ def one(job):
             if done:
                 codes[pid] = os.waitstatus_to_exitcode(status)
         alive = [pid for pid in pids if pid not in codes]
-        if any(codes.values()) or time.time() - begin > job.get("kill_after", 120):    # one failed: as torchrun, end all
+        if any(codes.values()) or time.time() - begin > job.get("kill_after", 300):    # one failed: end all
             signals = signal.SIGKILL
         elif "term_at" in job and out.exists() and job["term_at"] in out.read_text():
             signals = signal.SIGTERM
@@ -120,13 +121,14 @@ def one(job):
         else:
             continue
         if any(codes.values()):
-            time.sleep(0.2)                                                            # the others may be leaving, too
+            time.sleep(0.2)                                                 # the others may be leaving, too
         for pid in alive:
             os.kill(pid, signals)
-    err = "".join(Path(folder, f"err{rank}").read_text() for rank in range(world) if Path(folder, f"err{rank}").exists())
     text = out.read_text() if out.exists() else ""
+    err = "".join(path.read_text() for path in sorted(Path(folder).glob("err*")))
     shutil.rmtree(folder)
-    return {"rc": next((c for c in codes.values() if c), 0), "out": text, "err": err, "seconds": time.time() - begin}
+    rc = next((code for code in codes.values() if code), 0)
+    return {"rc": rc, "out": text, "err": err, "seconds": time.time() - begin}
 
 
 if __name__ == "__main__":

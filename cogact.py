@@ -118,7 +118,7 @@ class Config:
     ema: float = 0.0                  # decay of an averaged copy of the weights; 0: none
     batch: int = 32                   # samples per process
     steps: int = 135_000              # paper: 135K
-    init: str = ""                    # weights train.py starts from, a path beside it; "": its --init, or none
+    init: str = ""                    # weights that train.py starts from, a path beside it; "": none
     seed: int = 42
 
     def __post_init__(self):

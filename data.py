@@ -331,8 +331,8 @@ class Episodes(torch.utils.data.Dataset):
         shard, i, n = self._shard(e["shard"]), e["start"] + frame, min(self.horizon, e["frames"] - frame)
         labels = shard.read("actions", i, i + n)                                         # (n, A), n <= T
         bumped = (labels != shard.read("executed", i, i + n)).any(1)                     # (n,)
-        counts = np.zeros(self.horizon, bool)                      # what follows a bump answers to it, and nobody at
-        counts[:n] = np.cumsum(bumped) - bumped == 0               # this frame could have foreseen it: it does not count
+        counts = np.zeros(self.horizon, bool)          # what follows a bump answers to it, and nobody could
+        counts[:n] = np.cumsum(bumped) - bumped == 0   # have foreseen it at this frame: it does not count
         actions = np.zeros((self.horizon, labels.shape[1]), np.float32)                  # (T, A)
         actions[:n], actions[n:, -1] = labels, labels[-1, -1]      # the rest: no motion, the last gripper
         views, subtask = self.made_from["views"], shard.read("subtask", i, i + 1)[0]

@@ -674,7 +674,8 @@ def closed_loop(args, module, attn, device):
     named = args.data.partition(":")[2]
     families = {"": eval_sim.DEFAULT_FAMILIES, "all": eval_sim.FAMILIES}.get(named, tuple(named.split(",")))
     model = module.from_pretrained(args.out / "last", attn=attn, device=device)
-    results = eval_sim.evaluate(model, module, families, args.eval_episodes, out=args.out / "eval")
+    results = eval_sim.evaluate(model, module, families, args.eval_episodes, out=args.out / "eval",
+                                checkpoint=eval_sim.origin(args.out / "last"))
     eval_sim.print_table(results)
     print(f"film: {args.out / 'eval' / 'film.gif'}   every episode: {args.out / 'eval' / 'results.json'}")
 

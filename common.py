@@ -383,6 +383,8 @@ def _writing(path):
     except (OSError, SafetensorError, RuntimeError) as e:      # torch.save: a full disk is a RuntimeError
         if type(e) is RuntimeError and not re.search("writ|iostream|inline_container", str(e)):
             raise
+        if "cannot write " in str(e):                          # of a file inside: it has said why
+            raise
         reason = os.strerror(e.errno) if getattr(e, "errno", None) else str(e).splitlines()[0]
         raise OSError(getattr(e, "errno", None) or errno.EIO, f"cannot write {path}: {reason}. "
                       "Free some space, or choose another output folder.") from e

@@ -523,6 +523,7 @@ def loader(dataset, prepare, collate, batch, rank=0, world=1, seed=0, start_step
     batches = torch.utils.data.DataLoader(
         _Batches(dataset, prepare, collate), batch_size=None, sampler=sampler, collate_fn=_unchanged,
         num_workers=workers, prefetch_factor=4 if workers else None, pin_memory=pin,
+        worker_init_fn=_leave_signals_to_parent,
         generator=torch.Generator())                                   # its own: torch's stays as it was
     for item in batches:
         if isinstance(item, ValueError):
@@ -541,6 +542,12 @@ class _Batches(torch.utils.data.Dataset):
             return self.collate([self.prepare(self.dataset[index], key=key) for index, key in drawn])
         except ValueError as error:
             return error
+
+
+def _leave_signals_to_parent(worker):
+    """A SIGTERM to the whole process group (Slurm's way) must not take the batches away before the save."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _unchanged(batch):

@@ -19,7 +19,7 @@ Actions: dx dy dz [m], droll dpitch dyaw [rad], deltas per control step; gripper
 
     python cogact.py                                                  # tiny demo, CPU, no download
     python cogact.py --export runs/cogact/last out/checkpoints/me.pt  # our checkpoint -> the official layout
-    torchrun --standalone --nproc_per_node=8 train.py --model cogact --preset base --data DIR
+    torchrun --standalone --nproc_per_node=8 train.py --model cogact --preset base --init FILE.pt --data ...
 """
 import argparse
 import difflib
@@ -56,7 +56,7 @@ class Config:
     image_size: int = 224             # side of the square picture the towers see [pixels]
     horizon: int = 16                 # T: actions in one chunk (official: future_action_window_size + 1)
     action_dim: int = 7               # A: dx dy dz [m], droll dpitch dyaw [rad], gripper [0 closed .. 1 open]
-    gripper_index: int = 6            # the dim thresholded to 0/1; -1: none
+    gripper_index: int = 6            # the dim thresholded to 0/1, not normalized; -1: none
     state_dim: int = 0                # S: length of a state that comes along; checked, never read; 0: any
     # vision: DINOv2 ViT-L/14 with registers, SigLIP so400m/14 (timm's sizes)
     patch_size: int = 14
@@ -103,7 +103,7 @@ class Config:
     compute: str = "auto"             # VLM arithmetic: bf16 | fp32 | auto = bf16 autocast on CUDA (official)
     # data
     augment: bool = True              # crop and colour augmentation of training pictures
-    train_resize: str = "lanczos"     # of training pictures; inference is always bicubic (official mismatch)
+    train_resize: str = "lanczos"     # or "bicubic"; of training pictures only, see prepare
     padding: str = "neutral"          # beyond an episode's end: neutral = no motion, and in the loss (the
     #                                   official recipe, made finite); faithful = to the bit; mask = not in it
     data: str = ""
@@ -115,7 +115,7 @@ class Config:
     eps: float = 1e-8
     weight_decay: float = 0.0
     grad_clip: float = 1.0            # global gradient norm
-    ema: float = 0.0                  # decay of an averaged copy of the weights; 0: none
+    ema: float = 0.0                  # decay of an average of all weights (official: of the DiT); 0: none
     batch: int = 32                   # samples per process
     steps: int = 135_000              # paper: 135K
     init: str = ""                    # weights that train.py starts from, a path beside it; "": none
@@ -123,10 +123,18 @@ class Config:
 
     def __post_init__(self):
         self.views, self.betas = tuple(self.views), tuple(self.betas)
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size={self.image_size} is no multiple of patch_size={self.patch_size}.")
-        if not 1 <= self.execute <= self.horizon:
-            raise ValueError(f"execute={self.execute}: a chunk has horizon={self.horizon} actions.")
+        for whole, part in (("image_size", "patch_size"), ("dino_width", "dino_heads"), ("width", "heads"),
+                            ("siglip_width", "siglip_heads"), ("llm_width", "llm_heads")):
+            n, k = getattr(self, whole), getattr(self, part)
+            if k < 1 or n % k:
+                raise ValueError(f"{whole}={n} is no multiple of {part}={k}; change one of the two.")
+        for name, low, high in (("execute", 1, self.horizon), ("ensemble_horizon", 1, self.horizon),
+                                ("gripper_index", -1, self.action_dim - 1)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name}={getattr(self, name)}: with horizon={self.horizon} and action_dim="
+                                 f"{self.action_dim}, choose {low}{' (none)' * (low < 0)} to {high}.")
+        if not self.views or self.registers < 1:               # without registers, ViT builds a SigLIP
+            raise ValueError(f"views={self.views}, registers={self.registers}: set at least one of each.")
         for name, choices in (("padding", ("neutral", "faithful", "mask")), ("sampler", ("ddim", "ddpm")),
                               ("compute", ("auto", "bf16", "fp32")), ("train_resize", ("lanczos", "bicubic")),
                               ("lr_schedule", ("constant", "cosine"))):
@@ -150,13 +158,16 @@ PRESETS = {
 
 def configure(cfg, **overrides):
     """`cfg` with other values; an unknown name is a ValueError with the nearest match."""
-    names = [f.name for f in fields(Config)]
     for name in overrides:
-        if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise ValueError(f"cogact.Config has no field {name!r}{hint}")
+        check_name("cogact.Config has no field", name, [f.name for f in fields(Config)])
     return replace(cfg, **overrides)
+
+
+def check_name(complaint, name, known):
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}."
+        raise ValueError(f"{complaint} {name!r}; {hint}")
 
 
 # ---- Text, pictures, actions: what goes into the model ----------------------------------------------------
@@ -172,8 +183,11 @@ def load_tokenizer(cfg, folder=None):
         raise ValueError(f"--tokenizer {cfg.tokenizer}: Llama-2's tokenizer.json is needed, {path} is none.")
     # The file itself states Llama-2's rules (legacy spaces, merges, <s> in front). transformers' own
     # LlamaTokenizer would derive them anew from tokenizer.model, and splits double spaces differently.
-    return PreTrainedTokenizerFast(tokenizer_file=str(path), bos_token="<s>", eos_token="</s>",
-                                   unk_token="<unk>")
+    try:
+        return PreTrainedTokenizerFast(tokenizer_file=str(path), bos_token="<s>", eos_token="</s>",
+                                       unk_token="<unk>")
+    except Exception as e:                                     # tokenizers raises nothing more specific
+        raise ValueError(f"--tokenizer: {path} is torn or no Llama-2 tokenizer.json: {str(e)[:60]}.") from e
 
 
 def build_prompt(instruction):
@@ -185,8 +199,11 @@ def build_prompt(instruction):
 def encode_prompt(instruction, cfg, tokenizer):
     """Token ids, list: <s> prompt ▁ </s>. Training tokenizes "...Out: </s>" as one string: the same ids."""
     ids = list(tokenizer(build_prompt(instruction), add_special_tokens=True).input_ids)
-    ids = ids if ids[:1] == [cfg.bos_id] else [cfg.bos_id] + ids
-    return ids + [cfg.space_id, cfg.eos_id]
+    ids = (ids if ids[:1] == [cfg.bos_id] else [cfg.bos_id] + ids) + [cfg.space_id, cfg.eos_id]
+    if max(*ids, cfg.pad_id) >= cfg.vocab:
+        raise ValueError(f"--tokenizer {cfg.tokenizer}: token {max(*ids, cfg.pad_id)} is beyond the model's "
+                         f"vocab={cfg.vocab}; use the tokenizer (and pad_id) it was trained with.")
+    return ids
 
 
 def resize(image, size, how=Image.Resampling.BICUBIC):
@@ -204,8 +221,8 @@ def resize_for_training(image, size):
     return np.clip(np.rint(x), 0, 255).astype(np.uint8)
 
 
-def deploy_crop(image, size, shift_left=0, area=0.9):
-    """The official server's view: central square, then the central `area` of it, each resized by Lanczos."""
+def deploy_crop(image, size, shift_left=0, area=0.9):          # uint8 (h, w, 3) -> (size, size, 3)
+    """The official server's view: central square, of it the central `area`; Lanczos. shift_left: unused."""
     h, w, _ = image.shape
     side = min(h, w)                                         # official: landscape only; here any aspect ratio
     left, top = min(max((w - side) // 2 - shift_left, 0), w - side), (h - side) // 2
@@ -273,10 +290,9 @@ def augment(image, rng):
 
 
 def binarize_gripper(gripper):
-    """(N,) recorded opening -> 0/1: above 0.95 open, below 0.05 closed, in between the state reached next.
-
-    In-between values at the end of an episode become its raw last value, whatever that is (official).
-    """
+    """(N,) recorded opening -> 0/1: above 0.95 open, below 0.05 closed, in between the state reached next."""
+    # FAITHFUL: in-between values at an episode's end become its raw last value, e.g. 0.3.
+    # Test: test_cogact.py::test_data_transforms_match
     out, state = np.empty(len(gripper), np.float32), gripper[-1]
     for i in reversed(range(len(gripper))):
         state = 1 if gripper[i] > 0.95 else 0 if gripper[i] < 0.05 else state
@@ -302,13 +318,14 @@ def bridge_actions(actions, states):
     """BridgeData V2 as CogACT trains on it: movements are the poses actually reached, not the commanded ones.
 
     (N, 7), (N, 7) -> (N - 2, 7), for frames 1 .. N - 2; the gripper is the commanded one, binarized.
+    The official data recipe: for your reader of the real dataset (nothing here calls it).
     """
     moved = states[2:, :6] - states[1:-1, :6]
     return np.concatenate([moved, binarize_gripper(actions[:, 6])[1:-1, None]], 1).astype(np.float32)
 
 
 def rt1_actions(world_vector, rotation_delta, gripper_closedness):
-    """RT-1 (fractal) and kuka: (N, 3), (N, 3), (N, 1) with a relative gripper command -> (N, 7)."""
+    """RT-1 (fractal) and kuka, for your reader: (N, 3), (N, 3), (N, 1) relative gripper command -> (N, 7)."""
     gripper = absolute_gripper(gripper_closedness[:, 0])[:, None]
     return np.concatenate([world_vector, rotation_delta, gripper], 1).astype(np.float32)
 
@@ -336,6 +353,12 @@ def pad_chunk(chunk, valid, stats, faithful=False):
     return np.where(valid[:, None], chunk, after).astype(np.float32)
 
 
+def check_gripper(stats, index):
+    """A ValueError for statistics that scale the gripper, which is a switch: decode_actions makes it 0/1."""
+    if index >= 0 and "mask" in stats and stats["mask"][index]:
+        raise ValueError(f"the statistics' mask is True at gripper_index={index}; set it to False there.")
+
+
 def prepare(sample, cfg, tokenizer, stats=None, key=None, train=False):
     """One sample (or observation) -> a dict of CPU tensors; runs in loader workers, knows no weights.
 
@@ -347,6 +370,8 @@ def prepare(sample, cfg, tokenizer, stats=None, key=None, train=False):
     images = [images[view] for view in cfg.views] if cfg.views[0] in images else list(images.values())
     if cfg.center_crop and not train:
         images = [deploy_crop(image, cfg.image_size) for image in images]
+    # FAITHFUL: TensorFlow's Lanczos3 in training, PIL's bicubic in use (a center_crop has the size already).
+    # Test: test_cogact.py::test_pictures_are_lanczos_in_training_and_bicubic_in_use
     fit = resize_for_training if train and cfg.train_resize == "lanczos" else resize
     images = [fit(image, cfg.image_size) for image in images]
     if cfg.augment and train:
@@ -359,9 +384,14 @@ def prepare(sample, cfg, tokenizer, stats=None, key=None, train=False):
         if actions.shape != (cfg.horizon, cfg.action_dim):
             raise ValueError(f"actions: (horizon, action_dim) = {(cfg.horizon, cfg.action_dim)} is expected, "
                              f"found {actions.shape}. Set these two, or fix the data.")
-        of = pick_stats(stats, sample.get("dataset"))
+        action_stats = pick_stats(stats, sample.get("dataset"))
         valid = np.asarray(sample.get("loss_mask", np.ones(cfg.horizon)), bool)        # (T,)
-        actions = pad_chunk(normalize(actions, of), valid, of, cfg.padding == "faithful")
+        if valid.shape != (cfg.horizon,) or not valid.any():
+            raise ValueError(f"loss_mask={valid.astype(int).tolist()}: {cfg.horizon} values, not all 0, are "
+                             "expected; leave a sample without actions out.")
+        # dims with mask False (the gripper) pass through as they are
+        actions = pad_chunk(normalize(actions, action_stats), valid, action_stats, cfg.padding == "faithful")
+        check_gripper(action_stats, cfg.gripper_index)
         out["actions"] = torch.from_numpy(actions)                                     # (T, A)
         out["loss_mask"] = torch.from_numpy(valid if cfg.padding == "mask" else np.ones_like(valid))
     if key is not None:
@@ -411,7 +441,7 @@ class MLP(nn.Module):
         super().__init__()
         self.fc1, self.fc2, self.gelu = nn.Linear(width, hidden), nn.Linear(hidden, width), gelu
 
-    def forward(self, x):
+    def forward(self, x):                                          # (B, L, D) -> (B, L, D)
         return self.fc2(F.gelu(self.fc1(x), approximate=self.gelu))
 
 
@@ -420,7 +450,7 @@ class LayerScale(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((width,), value))
 
-    def forward(self, x):
+    def forward(self, x):                                          # (B, L, D) -> (B, L, D)
         return x * self.gamma
 
 
@@ -431,9 +461,10 @@ class ViTBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
         self.attn, self.mlp = Attention(width, heads, attn), MLP(width, hidden)
-        self.ls1, self.ls2 = (LayerScale(width, layer_scale) if layer_scale else nn.Identity() for _ in "12")
+        scale = functools.partial(LayerScale, width, layer_scale) if layer_scale else nn.Identity
+        self.ls1, self.ls2 = scale(), scale()
 
-    def forward(self, x):
+    def forward(self, x):                                          # (B, L, D) -> (B, L, D)
         x = x + self.ls1(self.attn(self.norm1(x)))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
@@ -480,14 +511,13 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def init_weights(self):
-        """For towers made from scratch; those of the official sizes come from a checkpoint."""
+        """For towers made from scratch; for the official sizes, train.py's --init brings trained ones."""
         self.apply(init_linear)
         _, P, D = self.pos_embed.shape
         nn.init.xavier_uniform_(self.patch_embed["proj"].weight.flatten(1))
         nn.init.zeros_(self.patch_embed["proj"].bias)
-        # Localization error: 5.6 % of the picture's width with sine-cosine at half
-        # scale, 9.6 % with random position embeddings, after equal training (a crude experiment on another
-        # tabletop, before this one; not measured again here).
+        # Localization error after equal training: 5.6 % of the picture's width with these, 9.6 % with random
+        # embeddings (a crude experiment on another tabletop, before this one; not measured again here).
         with torch.no_grad():
             self.pos_embed.copy_(0.5 * sincos_2d(math.isqrt(P), D))
         for token in (self.cls_token, self.reg_token) if self.prefix else (self.attn_pool.latent,):
@@ -542,7 +572,7 @@ class Projector(nn.Module):
         self.projector = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, out),
                                        nn.GELU(), nn.Linear(out, out))
 
-    def forward(self, x):
+    def forward(self, x):                                          # (B, P, .) -> (B, P, D)
         return self.projector(x)
 
 
@@ -584,7 +614,7 @@ class Embedder(nn.Module):
         super().__init__()
         self.linear = nn.Linear(width_in, width)
 
-    def forward(self, x):
+    def forward(self, x):                                          # (B, T, A) -> (B, T, D)
         return self.linear(x)
 
 
@@ -631,7 +661,7 @@ class DiTBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.attn, self.mlp = Attention(width, heads, attn), MLP(width, hidden, "tanh")
 
-    def forward(self, x):
+    def forward(self, x):                                          # (B, L, D) -> (B, L, D)
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
@@ -642,7 +672,7 @@ class FinalLayer(nn.Module):
         self.norm_final = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.linear = nn.Linear(width, out)
 
-    def forward(self, x):
+    def forward(self, x):                                          # (B, L, D) -> (B, L, A)
         return self.linear(self.norm_final(x))
 
 
@@ -714,7 +744,8 @@ def ddim_timesteps(total, steps):
     for stride in range(1, total):
         if len(range(0, total, stride)) == steps:
             return list(range(0, total, stride))
-    raise ValueError(f"{steps} DDIM steps cannot be spread evenly over {total}; try 5, 8, 10, 20 or 25.")
+    possible = sorted({1, *(len(range(0, total, stride)) for stride in range(1, total))})
+    raise ValueError(f"{steps} DDIM steps cannot be spread evenly over {total}; choose one of {possible}.")
 
 
 def respace(betas, timesteps):
@@ -729,6 +760,8 @@ def sampler_table(sampler, total, steps):
 
     x0 = c0 x - c1 eps;   DDIM: x <- c2 x0 + c3 eps;   DDPM: x <- c2 x0 + c3 x + c4 noise
     """
+    if (sampler, steps) not in (("ddim", steps), ("ddpm", None), ("ddpm", total)):
+        raise ValueError(f"sampler={sampler!r}, steps={steps}: choose ddim, or ddpm (always {total} steps).")
     timesteps = ddim_timesteps(total, steps) if sampler == "ddim" else list(range(total))
     s = schedule(respace(cosine_betas(total), timesteps) if sampler == "ddim" else cosine_betas(total))
     columns = [s["sqrt_recip_alphas_cumprod"], s["sqrt_recipm1_alphas_cumprod"]]
@@ -749,7 +782,7 @@ class ActionModel(nn.Module):
         self.num_train_steps = cfg.num_train_steps
 
     def add_noise(self, x, noise, t):
-        """x_t = sqrt(abar_t) x + sqrt(1 - abar_t) noise. x, noise: (n, T, A), t: (n,)."""
+        """x_t = sqrt(abar_t) x + sqrt(1 - abar_t) noise. x, noise: (n, T, A), t: (n,) -> (n, T, A)."""
         s = schedule(cosine_betas(self.num_train_steps))
         a, b = (constant(tuple(s[name]), x.device)[t][:, None, None]                   # (n, 1, 1)
                 for name in ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"))
@@ -779,13 +812,16 @@ class ActionModel(nn.Module):
         if cfg_scale <= 1:
             return self.net.denoise(x, c)
         cond, uncond = self.net.denoise(torch.cat([x, x]), c).chunk(2)                 # each (B, T, A)
-        return uncond + cfg_scale * (cond - uncond)            # on all T steps and all A numbers
+        # PAPER!=CODE: the paper's numbers are from code that sliced a wrong axis and guided only the first 7
+        # of 16 steps. The released code (since January 2025) guides all T steps and all A numbers.
+        # Test: test_cogact.py::test_guidance_reaches_every_step_and_every_channel
+        return uncond + cfg_scale * (cond - uncond)
 
-    def sample(self, z, noise, steps=10, cfg_scale=1.5, sampler="ddim", step_noise=None, trace=None):
+    def sample(self, z, noise, steps=None, cfg_scale=1.5, sampler="ddim", step_noise=None, trace=None):
         """Denoise a chunk: z (B, 1, D), noise (B, T, A) -> (B, T, A), normalized, not clipped.
 
-        step_noise: (num_train_steps, B, T, A) for DDPM, first used first; trace: a list that receives (x, x0)
-        of every step. All that the loop needs is on the device before it starts: no host sync inside.
+        steps: for DDIM only. step_noise: (num_train_steps, B, T, A) for DDPM, first used first; trace: a list
+        that receives (x, x0) of every step. All that the loop needs is on the device before it starts.
         """
         B, net, device, drop = len(z), self.net, z.device, None
         timesteps, rows = sampler_table(sampler, self.num_train_steps, steps)
@@ -829,7 +865,9 @@ def decode_actions(samples, stats, gripper_index=6):
     a = np.clip(np.asarray(samples, np.float32), -1, 1)
     if gripper_index >= 0:                                     # never normalized: 0 closed, 1 open
         a[..., gripper_index] = np.where(a[..., gripper_index] < 0.5, 0, 1)
-    return a, unnormalize(a, stats)
+    actions = unnormalize(a, stats)            # dims with mask False (the gripper) pass through as they are
+    check_gripper(stats, gripper_index)
+    return a, actions
 
 
 class Model(nn.Module):
@@ -842,7 +880,9 @@ class Model(nn.Module):
         super().__init__()
         self.cfg, self.tokenizer, self.stats = cfg, tokenizer, stats or {}
         self.preset, self.origin, self.fresh = "custom", {}, []
-        self.attn = attn = "sdpa" if attn == "auto" else attn
+        if cfg.sampler == "ddim":                              # wrong now, not at the first validation
+            ddim_timesteps(cfg.num_train_steps, cfg.sample_steps)
+        self.attn = attn = "sdpa" if attn == "auto" else attn  # no device is known yet; sdpa runs on all
         self.vision_backbone = VisionBackbone(cfg, attn)
         self.projector = Projector(cfg.dino_width + cfg.siglip_width, cfg.llm_width)
         self.llm_backbone = LLMBackbone(cfg, attn)             # transformers initializes it
@@ -898,18 +938,19 @@ class Model(nn.Module):
     def loss(self, batch, noise=None, t=None, drop=None):
         """Noise-prediction loss (paper sec. 3.3). Pass `noise`, `t` and `drop` to replay a recorded step.
 
-        batch["actions"]: (B, T, A) normalized; noise: (R B, T, A); t, drop: (R B,). Returns (scalar, to log).
+        batch["actions"]: (B, T, A) normalized; noise: (R B, T, A); t, drop: (R B,); what is None is drawn,
+        `drop` in training only. Returns (scalar, to log).
         """
         B, T, A = batch["actions"].shape
         if (T, A) != (self.cfg.horizon, self.cfg.action_dim):
             raise ValueError(f"actions: chunks of {(T, A)} came; the model's (horizon, action_dim) is "
-                             f"{(self.cfg.horizon, self.cfg.action_dim)}.")
+                             f"{(self.cfg.horizon, self.cfg.action_dim)}. Set these two, or fix the data.")
         # PAPER!=CODE: paper and released configs say R = 8 noisy copies; the public training script never
         # passes the number on and always makes 4. Here the setting counts, and is 8.
         # Test: test_cogact.py::test_repeated_diffusion_steps_are_honoured
-        if noise is None or t is None:
-            noise, t, dropped = self.draw(batch, B)
-            drop = dropped if drop is None and self.training else drop
+        drawn = self.draw(batch, B)
+        noise, t = drawn[0] if noise is None else noise, drawn[1] if t is None else t
+        drop = drawn[2] if drop is None and self.training else drop
         loss = self.action_model.loss(batch["actions"], self(batch), noise, t, drop, batch.get("loss_mask"))
         return loss, {"loss": loss.detach()}
 
@@ -928,12 +969,15 @@ class Model(nn.Module):
         seen = [{name: o[name] for name in keep if name in o} for o in observations]
         batch = collate([prepare(o, cfg, self.tokenizer) for o in seen], cfg)
         z = self({name: value.to(self.device) for name, value in batch.items()})       # (B, 1, D)
-        if noise is None:
-            noise = torch.randn(len(seen), cfg.horizon, cfg.action_dim)
-        noise = torch.as_tensor(noise, dtype=torch.float32).to(self.device)            # (B, T, A)
+        shape = len(seen), cfg.horizon, cfg.action_dim
+        noise = torch.randn(shape) if noise is None else torch.as_tensor(noise, dtype=torch.float32)
+        if noise.shape != shape:
+            raise ValueError(f"noise of shape {shape} = (B, T, A) is expected, found {tuple(noise.shape)}.")
+        if steps is None and cfg.sampler == "ddim":
+            steps = cfg.sample_steps
         # the DiT and its sampler run in float32, whatever the VLM ran in, whatever autocast is on around us
         with torch.autocast(self.device.type, enabled=False):
-            samples = self.action_model.sample(z.float(), noise, steps or cfg.sample_steps,
+            samples = self.action_model.sample(z.float(), noise.to(self.device), steps,
                                                cfg.cfg_scale if cfg_scale is None else cfg_scale, cfg.sampler)
         samples = samples.cpu().numpy()                                                # (B, T, A)
         normalized, actions = decode_actions(samples, stats, cfg.gripper_index)
@@ -946,7 +990,7 @@ class Model(nn.Module):
                 *self.llm_backbone.llm.model.layers, *self.action_model.net.blocks]
 
     def param_groups(self, lr, weight_decay):
-        """For the optimizer: all that trains; weight decay (officially 0) on matrices only."""
+        """For the optimizer: all that trains; weight decay (officially 0) where dims are two or more."""
         train = [p for p in self.parameters() if p.requires_grad]
         return [{"params": [p for p in train if p.ndim >= 2], "lr": lr, "weight_decay": weight_decay},
                 {"params": [p for p in train if p.ndim < 2], "lr": lr, "weight_decay": 0.0}]
@@ -956,23 +1000,22 @@ class Model(nn.Module):
         lines = {"method": "CogACT (https://arxiv.org/abs/2411.19650)", "preset": self.preset, **self.origin,
                  "datasets": ", ".join(self.stats) or "none", **(card or {})}
         text = "# CogACT\n\n" + "".join(f"- {name}: {value}\n" for name, value in lines.items())
+        if self.cfg.tokenizer != "tiny" and self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)             # config.json, the last, makes it valid
         save_folder(folder, "cogact", self.preset, asdict(self.cfg), state or self.state_dict(), self.stats,
                     text, self.origin)
-        if self.cfg.tokenizer != "tiny" and self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder)
 
 
 # ---- Acting on a robot ------------------------------------------------------------------------------------
 
-# SimplerEnv's two robots: statistics, chunks averaged, and steps for which a gripper command is held.
+# SimplerEnv's two robots: statistics, chunks averaged, steps a gripper command is held (WidowX: never read).
 ROBOTS = {"google_robot": ("fractal20220817_data", 2, 10), "widowx_bridge": ("bridge_orig", 7, 1)}
 
 
 def euler_to_axis_angle(roll, pitch, yaw):
-    """R = Rz(yaw) Ry(pitch) Rx(roll), static xyz [rad] -> axis * angle (3,).
-
-    The quaternion's sign is left as it falls (official), so angles up to 2 pi occur.
-    """
+    """R = Rz(yaw) Ry(pitch) Rx(roll), static xyz [rad] -> axis * angle (3,)."""
+    # FAITHFUL: the quaternion's sign is left as it falls, so angles up to 2 pi occur.
+    # Test: test_cogact.py::test_simpler_policy_matches
     (cr, sr), (cp, sp), (cy, sy) = ((math.cos(a / 2), math.sin(a / 2)) for a in (roll, pitch, yaw))
     w = cr * cp * cy + sr * sp * sy
     v = np.array([sr * cp * cy - cr * sp * sy, cr * sp * cy + sr * cp * sy, cr * cp * sy - sr * sp * cy])
@@ -993,19 +1036,26 @@ class Policy:
         cfg, self.model, self.robot, self.action_scale = model.cfg, model, robot, action_scale
         if robot not in (None, *ROBOTS):
             raise ValueError(f"robot={robot!r} does not exist; choose one of {', '.join(ROBOTS)}, or none.")
+        if robot and (cfg.action_dim, cfg.gripper_index) != (7, 6):
+            raise ValueError(f"robot={robot!r} needs action_dim=7, gripper_index=6; this model has "
+                             f"{cfg.action_dim} and {cfg.gripper_index}. Leave robot out.")
         key, horizon, self.hold = ROBOTS[robot] if robot else (None, cfg.ensemble_horizon, 0)
         self.unnorm_key = key if unnorm_key is None and key in model.stats else unnorm_key
         self.execute = cfg.execute if execute is None else execute
         if not 1 <= self.execute <= cfg.horizon:
-            raise ValueError(f"execute={execute}: the model's chunks have {cfg.horizon} actions.")
+            raise ValueError(f"execute={execute}: chunks have {cfg.horizon} actions; set 1 to {cfg.horizon}.")
         if ensemble and self.execute > 1:
             raise ValueError(f"execute={self.execute}: the ensemble needs a new chunk at every step. Set "
                              "execute=1 or ensemble=False.")
+        ensemble = self.execute == 1 if ensemble is None else ensemble
+        horizon = horizon if ensemble_horizon is None else ensemble_horizon
+        if (ensemble or ensemble_horizon is not None) and not 1 <= horizon <= cfg.horizon:
+            raise ValueError(f"ensemble_horizon={horizon}: choose 1 to {cfg.horizon}, a chunk's actions.")
         self.gripper, self.ensemble = cfg.gripper_index, None
-        if self.execute == 1 if ensemble is None else ensemble:
+        if ensemble:
             alpha = cfg.ensemble_alpha if ensemble_alpha is None else ensemble_alpha
             weights = functools.partial(adaptive_weights, alpha=alpha)
-            self.ensemble = ChunkEnsemble(ensemble_horizon or horizon, weights)
+            self.ensemble = ChunkEnsemble(horizon, weights)
         self.reset()
 
     def reset(self, instruction=None):
@@ -1020,8 +1070,14 @@ class Policy:
         """True when the next step wants a fresh chunk."""
         return not self.queue
 
+    def ask(self, observation):
+        """The observation as model.act wants it: CogACT looks at nothing else."""
+        return observation
+
     def step(self, observation, chunk=None):
         """The action for now, (A,) float64. chunk: (T, A) in robot units if model.act was already asked."""
+        if not observation.get("instruction"):
+            raise ValueError("the observation has no instruction: say in words what the robot should do.")
         if observation["instruction"] != self.instruction:
             self.reset(observation["instruction"])
         if self.needs_chunk:
@@ -1045,10 +1101,9 @@ class Policy:
         return np.array([*move, *turn, self.sticky_gripper(a[6])])
 
     def sticky_gripper(self, opening):
-        """Google robot: a change of the opening becomes a relative command (+1 close), held for 10 steps.
-
-        `prev` follows the opening only when a command starts, so small differences leak through in between.
-        """
+        """Google robot: a change of the opening becomes a relative command (+1 close), held for 10 steps."""
+        # FAITHFUL: `prev` follows the opening only when a command starts, so small differences leak through.
+        # Test: test_cogact.py::test_simpler_policy_matches
         self.prev = opening if self.prev is None else self.prev
         relative = self.prev - opening
         if abs(relative) > 0.5 and not self.sticky:
@@ -1062,7 +1117,8 @@ class Policy:
 
 # ---- Checkpoints: ours and the official ones ---------------------------------------------------------------
 
-OFFICIAL_HEADS = {384: ("small", 4), 768: ("base", 12), 1024: ("large", 16)}       # DiT width: size, heads
+DIT_NAMES = {"small": "DiT-S", "base": "DiT-B", "large": "DiT-L"}                  # preset: the authors' name
+DIT_WIDTHS = {PRESETS[name].width: name for name in DIT_NAMES}                     # width: preset
 LICENSE = "MIT (CogACT, OpenVLA); it contains Llama 2, whose Community License applies"
 
 
@@ -1073,7 +1129,7 @@ def read_sizes(state):
 
     def shape(name):
         if name not in state:
-            raise ValueError(f"parameter {name} is missing: neither CogACT nor OpenVLA with DINOv2 + SigLIP.")
+            raise ValueError(f"parameter {name} is missing; give a released CogACT or openvla-7b-prismatic.")
         return tuple(state[name].shape)
 
     dino, siglip, llm, net = ("vision_backbone.dino_featurizer.", "vision_backbone.siglip_featurizer.",
@@ -1096,6 +1152,14 @@ def read_sizes(state):
     return sizes
 
 
+def read_about(path):
+    """A config.json as a dict; {} when there is none."""
+    about = read_json(path) if path.is_file() else {}
+    if not isinstance(about, dict) or {type(about.get(k, {})) for k in ("vla", "plainvla")} != {dict}:
+        raise ValueError(f"{path} is not the config of a checkpoint; copy it again, or take it away.")
+    return about
+
+
 def read_official(path, preset, overrides):
     """An official .pt -> (config, {"module.name": tensor}, statistics, preset)."""
     run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
@@ -1103,20 +1167,21 @@ def read_official(path, preset, overrides):
     released = loaded.get("model") if isinstance(loaded, dict) else None
     # an averaged copy of the DiT ("ema_diffusion") is left out, as by the official loader's default
     parts = set(released) - {"ema_diffusion"} if isinstance(released, dict) else set()
-    if parts | {"action_model"} != set(MODULES):
-        raise ValueError(f"{path} holds {sorted(parts) or 'no model'}; a CogACT or OpenVLA/Prismatic .pt has "
-                         f"{', '.join(MODULES)} (the last may be missing) under 'model'.")
+    wrong = (parts | {"action_model"}) ^ set(MODULES)
+    if wrong:
+        raise ValueError(f"{path} holds {sorted(parts) or 'no model'}; missing or unknown: {sorted(wrong)}. "
+                         "Start from CogACT's or openvla-7b-prismatic's .pt (plain Prismatic lacks vision).")
+    # key mapping: official model[module][name] is our "module.name"; nothing is renamed
     state = {f"{m}.{name}": tensor for m in MODULES for name, tensor in released.get(m, {}).items()}
-    about = read_json(run / "config.json") if (run / "config.json").is_file() else {}
-    stats = run / "dataset_statistics.json"
-    sizes = read_sizes(state)
+    about, stats, sizes = read_about(run / "config.json"), run / "dataset_statistics.json", read_sizes(state)
     vla = about.get("vla", about)                              # the DiT's size goes by either of these names
-    named = vla.get("action_model_type") or vla.get("diffusion_model_type") or ""
-    named = {"DiT-S": "small", "DiT-B": "base", "DiT-L": "large"}.get(named, "base")
-    size = OFFICIAL_HEADS.get(sizes["width"], ("custom",))[0] if "width" in sizes else preset or named
+    named = vla.get("action_model_type") or vla.get("diffusion_model_type")
+    named = next((size for size, name in DIT_NAMES.items() if name == named), "base")
+    size = DIT_WIDTHS.get(sizes["width"], "custom") if "width" in sizes else preset or named
+    check_name("there is no preset", size, [*PRESETS, "custom"])
     if preset not in (None, size):
         raise ValueError(f"preset {preset!r} was asked for, {path} is {size!r}; leave the preset out.")
-    base = Config(**about["plainvla"]) if "plainvla" in about else PRESETS.get(size, PRESETS["base"])
+    base = configure(PRESETS.get(size, PRESETS["base"]), **about.get("plainvla", {}))
     for width, heads in (("dino_width", "dino_heads"), ("siglip_width", "siglip_heads"),
                          ("llm_width", "llm_heads"), ("width", "heads")):
         if sizes.get(width, getattr(base, width)) != getattr(base, width) and heads not in overrides:
@@ -1128,10 +1193,10 @@ def read_official(path, preset, overrides):
 
 def find_official(path):
     """The .pt file that `path` (itself, a run folder or a hub snapshot) means."""
-    files = [path] if path.is_file() else sorted(path.glob("checkpoints/*.pt"))
+    files = [path] if path.is_file() and path.suffix == ".pt" else sorted(path.glob("checkpoints/*.pt"))
     if len(files) != 1:
         found = f"there are {len(files)} of these: name one" if files else "neither is there"
-        raise ValueError(f"{path}: a folder with config.json and model.safetensors is expected, or with one "
+        raise ValueError(f"{path}: give the folder with config.json and model.safetensors, or one with one "
                          f"checkpoints/*.pt; {found}.")
     return files[0]
 
@@ -1142,8 +1207,8 @@ def from_pretrained(path_or_id, *, preset=None, tokenizer=None, attn="auto", dev
 
     tokenizer: a path or hub id, or a tokenizer. dtype: "bf16" casts the VLM's matrices once instead of in
     every call, with the same numbers as autocast and half the memory (for acting, not for training); "fp32"
-    computes in float32 on CUDA too; None: as cfg.compute says. overrides: other Config values. An OpenVLA or
-    Prismatic .pt has no action_model: that starts fresh; `model.fresh` and a warning say so.
+    computes in float32 on CUDA too; None: as cfg.compute says. overrides: other Config values. OpenVLA's .pt
+    (openvla-7b-prismatic) has no action_model: that starts fresh; `model.fresh` and a warning say so.
     ValueError: not there, torn, of another method, of another size.
     """
     device, dtype = pick_device(device), str(dtype or "").removeprefix("torch.")
@@ -1152,42 +1217,42 @@ def from_pretrained(path_or_id, *, preset=None, tokenizer=None, attn="auto", dev
         raise ValueError(f"dtype={dtype!r} does not exist; choose bf16 or fp32.")
     path = resolve(path_or_id, ["*.json", "model.safetensors", "checkpoints/*.pt"])
     if isinstance(tokenizer, (str, Path)):
-        overrides["tokenizer"] = str(tokenizer)
+        overrides["tokenizer"], tokenizer = str(tokenizer), None
     if dtype:
         overrides["compute"] = dtype
-    about = path / "config.json"
-    if (path / "model.safetensors").is_file() or (about.is_file() and "method" in read_json(about)):
+    weights, fresh, own_tokenizer = path / "model.safetensors", [], None
+    if weights.is_file() or "method" in read_about(path / "config.json"):
         saved = load_config(path, "cogact")
         if preset not in (None, saved["preset"]):
             raise ValueError(f"preset {preset!r} was asked for, {path} is {saved['preset']!r}; leave it out.")
         cfg, preset = configure(Config(), **{**saved["config"], **overrides}), saved["preset"]
-        origin, folder, path = saved["origin"], None if tokenizer else path, path / "model.safetensors"
-        state, stats = load_weights(path), read_json(path.parent / "dataset_statistics.json")
+        origin, own_tokenizer = saved["origin"], None if "tokenizer" in overrides else path
+        state, stats = load_weights(weights), read_json(path / "dataset_statistics.json")
     else:
-        path, folder = find_official(path), None
-        cfg, state, stats, preset = read_official(path, preset, overrides)
+        weights = find_official(path)
+        cfg, state, stats, preset = read_official(weights, preset, overrides)
         origin = {"started from": str(path_or_id), "license": LICENSE}
+        if not any(name.startswith("action_model.") for name in state):
+            print(f"warning: {weights} holds only a VLM, no action_model: it starts fresh.", file=sys.stderr)
+            head, fresh = ActionModel(cfg), ["action_model"]
+            head.net.init_weights()
+            state |= head.state_dict(prefix="action_model.")
 
     # "flash" may be asked for a model that goes from here to CUDA later (train.py), so the machine decides
     where = "cuda" if attn == "flash" and torch.cuda.is_available() else device
     with torch.device("meta"):                                 # shapes only; the file's tensors move in below
         model = Model(cfg, attn=pick_attention(attn, where))
-    if not any(name.startswith("action_model.") for name in state):
-        print(f"warning: {path} holds no action_model, only a VLM: the DiT starts fresh.", file=sys.stderr)
-        head = ActionModel(cfg)
-        head.net.init_weights()
-        state, model.fresh = {**state, **head.state_dict(prefix="action_model.")}, ["action_model"]
-    check_fit(model.state_dict(), state, path)
+    check_fit(model.state_dict(), state, weights)
+    matrices = {f"{name}.{kind}" for name, module in model.named_modules() for kind in ("weight", "bias")
+                if isinstance(module, (nn.Linear, nn.Conv2d)) and not name.startswith("action_model.")}
+    for name, tensor in state.items():      # whatever type the file has; one by one: never two copies of all
+        half = dtype == "bf16" and name in matrices            # as autocast: norms, embeddings stay float32
+        state[name] = tensor.to(torch.bfloat16 if half else torch.float32)
     model.load_state_dict(state, assign=True)
     llama = model.llm_backbone.llm
     llama.model.rotary_emb = LlamaRotaryEmbedding(llama.config)                # its table is in no checkpoint
-    if dtype == "bf16":
-        for module in (m for name in MODULES[:3] for m in getattr(model, name).modules()):
-            if isinstance(module, (nn.Linear, nn.Conv2d)):  # as autocast; norms and embeddings stay float32
-                module.to(torch.bfloat16)
-    given = tokenizer is not None and not isinstance(tokenizer, (str, Path))
-    model.tokenizer = tokenizer if given else load_tokenizer(cfg, folder)
-    model.stats, model.preset, model.origin = stats, preset, origin
+    model.tokenizer = load_tokenizer(cfg, own_tokenizer) if tokenizer is None else tokenizer
+    model.stats, model.preset, model.origin, model.fresh = stats, preset, origin, fresh
     return model.to(device).eval()
 
 
@@ -1195,15 +1260,16 @@ def save_official(model, path):
     """Write `path` (.pt) in the official layout, and config.json and dataset_statistics.json beside."""
     path = Path(path)
     run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    if path.suffix != ".pt" or (run / "config.json").exists():
-        raise ValueError(f"{path}: name a new file .../checkpoints/NAME.pt; nothing in {run} is overwritten.")
-    parts = {m: {k: v.cpu() for k, v in getattr(model, m).float().state_dict().items()} for m in MODULES}
+    about, stats = run / "config.json", run / "dataset_statistics.json"
+    if path.suffix != ".pt" or any(file.exists() for file in (path, about, stats)):
+        raise ValueError(f"{path}: name a new file NEW/checkpoints/NAME.pt; nothing in {run} is overwritten.")
+    parts = {m: {k: v.float().cpu() for k, v in getattr(model, m).state_dict().items()} for m in MODULES}
     atomic_write(path, lambda part: torch.save({"model": parts}, part))
-    kind = {384: "DiT-S", 768: "DiT-B", 1024: "DiT-L"}.get(model.cfg.width, "custom")
+    kind = DIT_NAMES.get(DIT_WIDTHS.get(model.cfg.width), "custom")
     vla = {"base_vlm": "prism-dinosiglip-224px+7b", "action_model_type": kind,
            "future_action_window_size": model.cfg.horizon - 1}
-    write_json(run / "dataset_statistics.json", model.stats)
-    write_json(run / "config.json", {"vla": vla, "plainvla": asdict(model.cfg)})
+    write_json(stats, model.stats)
+    write_json(about, {"vla": vla, "plainvla": asdict(model.cfg)})
 
 
 # ---- Demo -------------------------------------------------------------------------------------------------

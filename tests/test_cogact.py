@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import cogact
@@ -36,7 +37,7 @@ def dit_config(c):
     assert (c["norm_eps"], c["learn_sigma"], c["past_action_window_size"]) == (1e-6, False, 0)
     return Config(action_dim=c["in_channels"], horizon=c["future_action_window_size"] + 1,
                   width=c["hidden_size"], depth=c["depth"], heads=c["num_heads"], llm_width=c["token_size"],
-                  mlp_ratio=c["mlp_ratio"], frequencies=c["timestep_frequency_size"],
+                  llm_heads=1, mlp_ratio=c["mlp_ratio"], frequencies=c["timestep_frequency_size"],
                   **schedule_fields(c.get("schedule")))
 
 
@@ -200,7 +201,8 @@ def test_data_transforms_match(case):
     state, action = (case[name].numpy() for name in c["bridge"]["in"])
     moved = cogact.bridge_actions(action, state)
     case.compare(c["bridge"]["out"], moved)
-    case.compare(c["bridge"]["frame_index"], np.arange(1, len(moved) + 1))
+    squares = np.arange(len(state))[:, None] ** 2 * np.ones(A)             # (t + 1)^2 - t^2 = 2 t + 1
+    case.compare(c["bridge"]["frame_index"], cogact.bridge_actions(action, squares)[:, 0] // 2)
     case.compare(c["rt1"]["out"], cogact.rt1_actions(*(case[name].numpy() for name in c["rt1"]["in"])))
     stats = {}
     for run in c["normalize"]["cases"]:
@@ -214,7 +216,8 @@ def test_data_transforms_match(case):
         index = np.arange(N)[:, None] + np.arange(T)                       # (N, T)
         chunks = [cogact.pad_chunk(x[np.minimum(i, N - 1)], i < N, stats[run["name"]], True) for i in index]
         case.compare(run["out"], np.stack(chunks))
-        # the official mask also lets five steps beyond the end pass, and is never used in the loss
+        # Made here, not by the project, which has no such reader: they show that `index` is the official one.
+        # The official mask also lets five steps beyond the end pass, and is never used in the loss.
         case.compare(run["action_mask"], (index < N + 5).astype(np.uint8))
         case.compare(run["frame"], index[:, :1])
     for run in c["lanczos"]["cases"]:
@@ -372,7 +375,7 @@ def test_official_parameters_load_strictly(case):
     sizes = cogact.read_sizes(state)                           # the DiT's size needs no config file
     assert (sizes["width"], sizes["depth"], sizes["horizon"], sizes["action_dim"], sizes["llm_width"]) == \
         (d["hidden_size"], d["depth"], d["future_action_window_size"] + 1, d["in_channels"], d["token_size"])
-    assert cogact.OFFICIAL_HEADS[sizes["width"]] == (c["size"], d["num_heads"])
+    assert cogact.DIT_WIDTHS[sizes["width"]] == c["size"] and PRESETS[c["size"]].heads == d["num_heads"]
     assert replace(model.cfg, **sizes) == model.cfg
 
 
@@ -432,8 +435,9 @@ def test_every_recording_is_replayed():
 
 def tiny(**changes):
     """The tiny preset, made smaller still: a forward costs milliseconds."""
-    small = dict(image_size=32, dino_width=32, siglip_width=32, dino_mlp=64, siglip_mlp=64, llm_width=32,
-                 llm_depth=2, llm_mlp=64, width=32, depth=2, heads=2, horizon=4, execute=2,
+    small = dict(image_size=32, patch_size=8, dino_width=32, siglip_width=32, dino_depth=3, siglip_depth=3,
+                 dino_heads=2, siglip_heads=2, dino_mlp=64, siglip_mlp=64, llm_width=32, llm_depth=2,
+                 llm_heads=4, llm_mlp=64, width=32, depth=2, heads=2, horizon=4, execute=2,
                  repeated_diffusion_steps=2)
     return replace(PRESETS["tiny"], **{**small, **changes})
 
@@ -553,6 +557,24 @@ def test_casting_once_equals_autocast():
         assert cast.action_model.net.x_embedder.linear.weight.dtype == torch.float32
         assert torch.equal(cast(batch), want)
         assert torch.equal(from_pretrained(folder, dtype="fp32")(batch), fp32) and not torch.equal(want, fp32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["ours", "official"])
+@pytest.mark.parametrize("dtype", [None, "fp32", "bf16"])
+def test_files_of_any_type_load_as_float32(tmp_path, layout, dtype):
+    """A bf16 file: float32 again, or with dtype="bf16" the VLM's matrices in bf16; the DiT never."""
+    model = make().bfloat16()
+    options = {"tokenizer": "tiny", "space_id": 3, "pad_id": 4, **HEADS} if layout == "official" else {}
+    path = official(tmp_path, model) if layout == "official" else tmp_path
+    if layout == "ours":
+        model.save_pretrained(path)
+    again = from_pretrained(path, dtype=dtype, **options)
+    half = {n for n, p in again.named_parameters() if p.dtype == torch.bfloat16}
+    assert ("projector.projector.0.weight" in half) == (dtype == "bf16")
+    assert not {n for n in half if n.startswith("action_model") or "norm" in n or "embed_tokens" in n}
+    assert all(torch.equal(p, model.state_dict()[n].to(p.dtype)) for n, p in again.state_dict().items())
+    assert np.isfinite(again.act(samples(model.cfg, 2), noise=NOISE[:2])[0]).all()
 
 
 @torch.no_grad()
@@ -679,6 +701,15 @@ def test_draws_depend_on_the_sample_only():
     assert (grads[0] - grads[1]).norm() <= 1e-5 * grads[0].norm()
 
 
+def test_what_is_not_given_to_the_loss_is_drawn():
+    model = make()
+    batch = batch_of(model, 3)
+    noise, t, _ = model.draw(batch, 3)
+    all_given = model.loss(batch, NOISE[:6], t)[0]
+    assert torch.equal(model.loss(batch, noise=NOISE[:6])[0], all_given) and all_given != model.loss(batch)[0]
+    assert torch.equal(model.loss(batch, t=99 - t)[0], model.loss(batch, noise, 99 - t)[0])
+
+
 def test_condition_is_dropped_in_training_only():
     model = make(tiny(condition_dropout=1.0))
     batch = batch_of(model)
@@ -739,6 +770,18 @@ def test_augmentation_is_keyed_and_only_in_training():
     assert torch.equal(see(key=1), plain) and torch.equal(see(), plain)
 
 
+def test_pictures_are_lanczos_in_training_and_bicubic_in_use():
+    """FAITHFUL: the official code resizes pictures differently in training and at inference."""
+    cfg = replace(PRESETS["base"], tokenizer="tiny", augment=False, image_size=28, **TINY_IDS)
+    sample = samples(cfg, 1)[0]
+    del sample["actions"]
+    image, tokenizer = sample["images"]["third"], load_tokenizer(cfg)
+    train, use = (prepare(sample, cfg, tokenizer, train=t)["images"][0].numpy() for t in (True, False))
+    assert np.array_equal(train, cogact.resize_for_training(image, 28))
+    assert np.array_equal(use, np.array(Image.fromarray(image).resize((28, 28), Image.Resampling.BICUBIC)))
+    assert not np.array_equal(train, use)
+
+
 def test_deploy_crop_takes_any_aspect_ratio():
     rng = np.random.default_rng(0)
     for shape in ((40, 60, 3), (60, 40, 3), (50, 50, 3)):
@@ -755,6 +798,16 @@ def test_gripper_is_not_normalized():
     assert np.allclose(normalize(x, stats), [[0.5] * 6 + [1.0], [-1.0] * 6 + [0.0]])
     for value, gripper in ((0.4999999, 0), (0.5, 1)):
         assert cogact.decode_actions(np.full((1, A), value, np.float32), stats)[1][0, 6] == gripper
+
+
+def test_statistics_that_normalize_the_gripper_are_refused():
+    scaled = {"toy": {"action": STATS["toy"]["action"] | {"mask": [True] * A}}}
+    cfg = tiny()
+    with pytest.raises(ValueError, match="mask is True at gripper_index=6"):
+        cogact.decode_actions(np.zeros((1, A), np.float32), scaled["toy"]["action"])
+    with pytest.raises(ValueError, match="mask is True at gripper_index=6"):       # before the training, too
+        prepare(samples(cfg, 1)[0], cfg, load_tokenizer(cfg), scaled)
+    cogact.decode_actions(np.zeros((1, A), np.float32), scaled["toy"]["action"], -1)
 
 
 def test_padding_beyond_the_end_means_no_motion():
@@ -878,6 +931,15 @@ def test_saved_folder_loads_to_the_same_actions(tmp_path):
         {n for n, p in model.named_parameters() if p.requires_grad}
 
 
+def test_config_json_is_written_last(tmp_path):
+    """It is what makes a folder a checkpoint; a write that fails before leaves none."""
+    model, seen = make(), []
+    model.cfg.tokenizer = "mine"
+    model.tokenizer = SimpleNamespace(save_pretrained=lambda f: seen.append((f / "config.json").exists()))
+    model.save_pretrained(tmp_path)
+    assert seen == [False] and (tmp_path / "config.json").exists()
+
+
 def test_export_in_the_official_layout_and_back(tmp_path):
     model = make()
     model.save_pretrained(tmp_path / "ours")
@@ -896,7 +958,26 @@ def test_export_in_the_official_layout_and_back(tmp_path):
     assert done.rc == 2 and "overwritten" in done.err and len(done.err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("there", ["config.json", "dataset_statistics.json", "checkpoints/x.pt"])
+def test_export_overwrites_nothing(tmp_path, there):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / there).write_text("mine")
+    with pytest.raises(ValueError, match="overwritten"):
+        cogact.save_official(make(), tmp_path / "checkpoints" / "x.pt")
+    assert [p.read_text() for p in tmp_path.rglob("*") if p.is_file()] == ["mine"]
+
+
+def test_export_leaves_the_model_as_it_is(tmp_path):
+    model = make()
+    model.projector.bfloat16()
+    cogact.save_official(model, tmp_path / "x.pt")
+    assert {p.dtype for p in model.projector.parameters()} == {torch.bfloat16}
+    written = torch.load(tmp_path / "x.pt", weights_only=True)["model"]["projector"]
+    assert {t.dtype for t in written.values()} == {torch.float32}
+
+
 HEADS = dict(dino_heads=2, siglip_heads=2, llm_heads=4, heads=2)
+TINY_IDS = dict(space_id=3, pad_id=4)
 
 
 def official(tmp_path, model, drop=(), rename=lambda name: name, name="x.pt"):
@@ -916,6 +997,8 @@ def test_openvla_checkpoint_starts_with_a_fresh_head(tmp_path, capsys):
     z = again(batch_of(model))
     assert torch.equal(z, model(batch_of(model)))
     assert again.action_model.net(torch.randn(3, 16, A), torch.tensor([1, 50, 99]), z).abs().max() == 0
+    with pytest.raises(ValueError, match="no preset 'smal'; did you mean 'small'"):
+        from_pretrained(path, tokenizer="tiny", preset="smal", dino_heads=2, siglip_heads=2, llm_heads=4)
 
 
 def test_official_sizes_are_read_from_shapes(tmp_path):
@@ -935,6 +1018,10 @@ def test_which_of_several_official_files_must_be_named(tmp_path):
     shutil.copy(path, path.with_name("y.pt"))
     with pytest.raises(ValueError, match="there are 2"):
         from_pretrained(tmp_path)
+    make().save_pretrained(tmp_path / "ours")
+    for file in ("model.safetensors", "config.json"):
+        with pytest.raises(ValueError, match="give the folder"):
+            from_pretrained(tmp_path / "ours" / file)
 
 
 @pytest.mark.parametrize("key", ["action_model_type", "diffusion_model_type"])
@@ -944,6 +1031,27 @@ def test_config_json_names_the_head_in_either_spelling(tmp_path, key):
     with torch.device("cpu"):
         cfg, _, _, preset = cogact.read_official(path, None, dict(dino_heads=2, siglip_heads=2, llm_heads=4))
     assert (preset, cfg.width, cfg.depth, cfg.heads) == ("large", 1024, 24, 16)
+
+
+@pytest.mark.parametrize("content, words", [
+    ('{"plainvla": {"horison": 3}}', "did you mean 'horizon'"), ('["method"]', "is not the config"),
+    ("3", "is not the config"), ('{"vla": "x"}', "is not the config"),
+    ('{"plainvla": []}', "is not the config")])
+def test_bad_official_config_is_one_clear_line(tmp_path, content, words):
+    path = official(tmp_path, make())
+    (tmp_path / "config.json").write_text(content)
+    for place in (path, tmp_path):
+        with pytest.raises(ValueError, match=words) as caught:
+            from_pretrained(place, tokenizer="tiny", **HEADS)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model": {"type": "BPE"}}', "\0"])
+def test_bad_tokenizer_file_is_one_clear_line(tmp_path, content):
+    (tmp_path / "t.json").write_text(content)
+    with pytest.raises(ValueError, match="--tokenizer: .*torn") as caught:
+        load_tokenizer(Config(tokenizer=str(tmp_path / "t.json")))
+    assert "\n" not in str(caught.value)
 
 
 def spoil(folder, how):
@@ -975,7 +1083,9 @@ def spoil(folder, how):
         return "did you mean 'horizon'"
     state = load_file(weights)
     name = "projector.projector.0.bias"
-    if how == "parameter missing":
+    if how == "head missing":                                  # ours load strictly: no fresh head
+        state, name = {n: t for n, t in state.items() if "action_model" not in n}, "e.g. action_model"
+    elif how == "parameter missing":
         del state[name]
     elif how == "parameter of another shape":
         state[name] = state[name][:3].clone()
@@ -984,7 +1094,8 @@ def spoil(folder, how):
 
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "missing", "other method", "torn config", "newer",
-                                 "unknown field", "parameter missing", "parameter of another shape"])
+                                 "unknown field", "parameter missing", "parameter of another shape",
+                                 "head missing"])
 def test_bad_checkpoint_is_one_clear_line(tmp_path, how):
     make().save_pretrained(tmp_path / "ck")
     words = spoil(tmp_path / "ck", how)
@@ -1004,7 +1115,9 @@ def test_bad_official_file_is_one_clear_line(tmp_path):
         assert "\n" not in str(caught.value)
     for content, words in (({"state_dict": {}}, "holds no model"), (torch.zeros(3), "holds no model"),
                            ({"model": {"vision_backbone": {}}}, r"holds \['vision_backbone'\]"),
-                           ({"model": {m: {} for m in cogact.MODULES}}, "is missing: neither")):
+                           ({"model": {"projector": {}, "llm_backbone": {}}},
+                            r"missing or unknown: \['vision_backbone'\].*openvla-7b-prismatic"),
+                           ({"model": {m: {} for m in cogact.MODULES}}, "is missing; give a released")):
         torch.save(content, path)
         with pytest.raises(ValueError, match=words):
             from_pretrained(path, tokenizer="tiny", **HEADS)
@@ -1073,15 +1186,36 @@ def test_unknown_unnorm_key_names_the_known_ones():
 
 @pytest.mark.parametrize("make_it, words", [
     (lambda: Config(image_size=225), "no multiple of patch_size"), (lambda: Config(execute=17), "execute=17"),
+    (lambda: Config(heads=5), "heads=5"), (lambda: Config(siglip_heads=0), "siglip_heads=0"),
+    (lambda: Config(views=()), r"views=\(\)"), (lambda: Config(registers=0), "registers=0"),
+    (lambda: Config(action_dim=4), "gripper_index=6.*-1"),
+    (lambda: Config(gripper_index=-2), "gripper_index=-2"),
+    (lambda: Config(ensemble_horizon=17), "ensemble_horizon=17"),
+    (lambda: Config(ensemble_horizon=0), "ensemble_horizon=0"),
     (lambda: Config(padding="zero"), "padding='zero'"),
     (lambda: cogact.configure(Config(), horison=8), "'horizon'"),
+    (lambda: Model(tiny(sample_steps=11)), r"evenly over 100; choose one of \[1, 2, .*50, 100\]"),
+    (lambda: cogact.ddim_timesteps(4, 3), r"evenly over 4; choose one of \[1, 2, 4\]"),
     (lambda: Policy(make(), execute=9), "execute=9"),
     (lambda: Policy(make(), robot="atlas"), "robot='atlas'"),
+    (lambda: Policy(make(tiny(action_dim=4, gripper_index=-1)), robot="google_robot"), "needs action_dim=7"),
+    (lambda: Policy(make(tiny(execute=1)), ensemble_horizon=5), "ensemble_horizon=5"),
+    (lambda: Policy(make(), ensemble_horizon=0), "ensemble_horizon=0"),
+    (lambda: Policy(make(), execute=1, robot="widowx_bridge"), "ensemble_horizon=7: choose 1 to 4"),
+    (lambda: Policy(make()).step({"images": {}}, np.zeros((4, A))), "no instruction"),
     (lambda: Policy(make(), execute=2, ensemble=True), "ensemble needs a new chunk"),
     (lambda: make().act([]), "at least one observation"),
     (lambda: make().act(samples(tiny(), 1), steps=11), "evenly"),
+    (lambda: make().act(samples(tiny(), 1), steps=0), "0 DDIM steps"),
+    (lambda: make(tiny(sampler="ddpm")).act(samples(tiny(), 1), steps=5), "ddpm .always 100 steps"),
+    (lambda: make().action_model.sample(torch.zeros(1, 1, 32), NOISE[:1], sampler="dpm"), "sampler='dpm'"),
+    (lambda: make().act(samples(tiny(), 1), noise=NOISE[:2]), r"noise of shape \(1, 4, 7\)"),
+    (lambda: make().act(samples(tiny(), 1), noise=NOISE[:1, :3]), r"found \(1, 3, 7\)"),
+    (lambda: make(tiny(vocab=64)).act(samples(tiny(), 1)), "beyond the model's vocab=64"),
     (lambda: from_pretrained("x", dtype="int8"), "dtype='int8'"),
     (lambda: make().loss(batch_of(make()) | {"actions": torch.zeros(3, 5, A)}), "horizon, action_dim"),
+    (lambda: prepare(samples(tiny(), 1)[0] | {"loss_mask": np.zeros(4, bool)}, tiny(), load_tokenizer(tiny()),
+                     STATS), r"loss_mask=\[0, 0, 0, 0\]"),
     (lambda: prepare(samples(tiny(horizon=5), 1)[0], tiny(), load_tokenizer(tiny()), STATS),
      "horizon, action_dim")])
 def test_wrong_argument_is_one_clear_line(make_it, words):
@@ -1107,17 +1241,6 @@ def test_cogact_and_common_alone_train_and_act(tmp_path):
     assert after.children_user - before.children_user < 20
 
 
-def test_functions_are_short_and_lines_fit():
-    """No function beyond 70 lines, no line beyond 110 columns."""
-    import ast
-    for name in ("cogact.py", "common.py"):
-        text = (ROOT / name).read_text(encoding="utf-8")
-        assert not [line for line in text.splitlines() if len(line) > 110], name
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < 70, f"{name}: {node.name}"
-
-
 def test_fidelity_tags_name_tests_that_exist():
     text = (ROOT / "cogact.py").read_text(encoding="utf-8")
     names = [line.split("::")[1].split()[0] for line in text.splitlines() if "Test: test_cogact.py::" in line]
@@ -1135,7 +1258,7 @@ def test_on_cuda_the_sampler_does_not_wait():
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.no_grad():
-            model.action_model.sample(z, noise)
+            model.action_model.sample(z, noise, 10)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -1149,7 +1272,7 @@ def test_one_inference_at_official_size_costs_no_unneeded_work():
                  "ids": torch.zeros(1, 25, dtype=torch.long)}
         noise = torch.empty(1, 16, A)
     with torch.no_grad(), FlopCounterMode(display=False) as count:
-        model.action_model.sample(model(batch), noise)
+        model.action_model.sample(model(batch), noise, 10)
     assert abs(count.get_total_flops() / 4.12e12 - 1) < 0.03
 
 

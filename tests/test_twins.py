@@ -1,4 +1,5 @@
-"""Blocks that are repeated on purpose stay equal: `# twin: module.name` above a copy names its original."""
+"""The source itself: blocks that are repeated on purpose (`# twin: module.name`) stay equal, functions short."""
+import ast
 import importlib
 import inspect
 import re
@@ -42,6 +43,16 @@ def test_every_method_offers_the_names_the_scripts_use(method):
         assert hasattr(module, name), f"{method}.py has no {name} (see the top of common.py)"
     for name in ("forward", "loss", "act", "blocks", "param_groups", "save_pretrained"):
         assert callable(getattr(module.Model, name))
-    for name in ("reset", "step"):
+    for name in ("reset", "ask", "step"):
         assert callable(getattr(module.Policy, name))
     assert isinstance(module.Policy.needs_chunk, property) and "tiny" in module.PRESETS
+
+
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("*.py"), *ROOT.glob("examples/*.py"),
+                                         *ROOT.glob("benchmarks/*.py")]), ids=lambda path: path.name)
+def test_functions_are_short_and_lines_fit(path):
+    """No function beyond 70 lines (but train.py's loop, a flat script), no line beyond 110 columns."""
+    text = path.read_text(encoding="utf-8")
+    assert not [n for n, line in enumerate(text.splitlines(), 1) if len(line) > 110]
+    assert not [node.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)
+                and node.end_lineno - node.lineno >= 70 and (path.name, node.name) != ("train.py", "run")]

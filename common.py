@@ -18,7 +18,9 @@ How a method file is used; train.py, eval_sim.py and serve.py need only these na
     from_pretrained(path_or_id, ...)
                               our folder, the official release, or a hub id -> Model
     Policy(model, unnorm_key, execute)
-                              reset(), needs_chunk, step(observation, chunk=None) -> one action
+                              reset(), needs_chunk, step(observation, chunk=None) -> one action;
+                              ask(observation) -> the observation as model.act wants it: with what the session
+                              remembers (a draft, earlier pictures), if the method uses any
 
 A sample is described at the top of data.py; an observation is one with only images, instruction and state.
 
@@ -179,6 +181,7 @@ def tiny_tokenizer():
     from transformers import PreTrainedTokenizerFast
     tokens = ["<unk>", "<s>", "</s>", "▁", "<pad>", "\n", "\t"] + [chr(c) for c in range(33, 127)]
     tokens += ["▁" + w for w in TINY_WORDS] + ["Out"]      # it starts a line of the prompt, without a space
+    tokens += ["▁user", "▁assistant"]                      # later words
     vocab = {}
     for token in tokens:
         vocab.setdefault(token, len(vocab))
@@ -345,23 +348,32 @@ def exponential_weights(candidates, temperature=0.0):
 
 
 class ChunkEnsemble:
-    """Average what the last `horizon` chunks (the newest counts) say about this very moment.
+    """Average what the last `horizon` chunks (the newest counts) say about the same moments.
 
-    weights: a function of the candidates (n, A), oldest first. A chunk k steps old has its word in row k.
+    weights: a function of the candidates (n, A), oldest first; execute: actions played per chunk. A chunk of
+    k calls ago has its word on the i-th action from now in row k execute + i, if it is that long.
     """
 
-    def __init__(self, horizon, weights):
-        self.weights, self.chunks = weights, deque(maxlen=horizon)
+    def __init__(self, horizon, weights, execute=1):
+        self.weights, self.chunks, self.execute = weights, deque(maxlen=horizon), execute
 
     def reset(self):
         self.chunks.clear()
 
+    def push(self, chunk):
+        """chunk: (T, A), or a single action (A,). Returns the next `execute` actions, float64."""
+        self.chunks.append(np.atleast_2d(np.asarray(chunk, np.float64)))
+        age = range((len(self.chunks) - 1) * self.execute, -1, -self.execute)
+        single, out = len(self.chunks[-1]) == 1, []
+        for i in range(min(self.execute, len(self.chunks[-1]))):
+            candidates = np.stack([c[0 if single else a + i] for a, c in zip(age, self.chunks)
+                                   if single or a + i < len(c)])
+            out.append(self.weights(candidates) @ candidates)  # (n,) @ (n, A)
+        return np.stack(out)
+
     def step(self, chunk):
-        """chunk: (T, A), or a single action (A,). Returns the action for now, (A,) float64."""
-        self.chunks.append(np.asarray(chunk, np.float64))
-        n = len(self.chunks)
-        candidates = np.stack([c if c.ndim == 1 else c[n - 1 - k] for k, c in enumerate(self.chunks)])
-        return self.weights(candidates) @ candidates           # (n,) @ (n, A)
+        """As `push`, for execute = 1: the action for now, (A,) float64."""
+        return self.push(chunk)[0]
 
 
 # ---- Files ------------------------------------------------------------------------------------------------

@@ -905,8 +905,8 @@ def run_wave(jobs, model, method, split, control="", unnorm_key=None, execute=No
         need = [i for i in live if policies and policies[i].needs_chunk]
         seen, chunks = {i: _look(envs[i], control) for i in need}, {}
         if need:
-            out, info = model.act([seen[i] for i in need], unnorm_key=unnorm_key, **act)    # (B, T, A)
-            chunks = dict(zip(need, out))
+            out, info = model.act([policies[i].ask(seen[i]) for i in need], unnorm_key=unnorm_key, **act)
+            chunks = dict(zip(need, out))                              # (T, A) each
             for i, bad in zip(need, info.get("parse_failed", [])):
                 failed[i] += bool(bad)
         for i in list(live):

@@ -187,7 +187,7 @@ class Service:
         known, last, policy = self.sessions.pop(session, (None, None, None))
         if policy is None or (known, last) != (key, instruction):
             policy = self.policy(key)
-        chunk, info = self.predict(observation, key) if policy.needs_chunk else (None, {})
+        chunk, info = self.predict(policy.ask(observation), key) if policy.needs_chunk else (None, {})
         action = policy.step(observation, chunk)                             # (A,)
         self.sessions[session] = key, instruction, policy                    # to the end: forgotten last
         if len(self.sessions) > MAX_SESSIONS:

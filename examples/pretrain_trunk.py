@@ -1,7 +1,8 @@
 """
-Make the trunk that the tiny presets start from: a small vision-language model that knows what is where.
+Make the trunk that a tiny preset starts from: a small vision-language model that knows what is where.
 
     python examples/pretrain_trunk.py                            # writes assets/cogact_tiny_trunk.safetensors
+    python examples/pretrain_trunk.py --model vla0 --ask 3       # writes assets/vla0_tiny_trunk.safetensors
 
 Real VLAs start from a vision-language model that has seen the world. So does ours, only that its world is the
 simulator: random scenes of the seeds "pretrain" (never those of training, validation or evaluation), random
@@ -10,7 +11,8 @@ is ever shown to it:
 
   what is here?  at every patch, after the projector: colour, shape, where is the middle of this thing
   where is it?   at the last token of a prompt that names things ("pick up the red cube", "find the plate"):
-                 position of X, of Y, of the gripper; is X in the hand; which task is asked
+                 position of X, of Y, of the gripper; is X in the hand; which task is asked. A method that
+                 writes (VLA-0) also answers in text: these nine coordinates as integers
 
 The answering heads are linear, used here only, and thrown away. The error of the answers on unseen scenes
 [cm] is printed as it falls, and written with the time it took into the card beside the weights.
@@ -33,6 +35,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cogact  # noqa: E402
 import eval_sim  # noqa: E402
+import vla0  # noqa: E402
 from common import atomic_write, cli, write_json  # noqa: E402
 from eval_sim import COLOURS, FAMILIES, MAX_GAP, PHRASES, REACH, SHAPES  # noqa: E402
 
@@ -162,40 +165,116 @@ def make_scenes(n, size, grid, start=0):
 
 # ---- The model that answers -------------------------------------------------------------------------------
 
+class CogACT:
+    """How CogACT looks and reads. Rows: <s> | patches | question </s>."""
+    method, start = cogact, 1                                         # tokens before the picture
+
+    @staticmethod
+    def look(m, images):
+        """uint8 (B, 1, h, w, 3) -> (B, P, D)."""
+        return m.projector(m.vision_backbone(images[:, 0]))
+
+    @staticmethod
+    def embedding(m):
+        return m.llm_backbone.llm.model.embed_tokens
+
+    @staticmethod
+    def read(m, rows, index, see, grid):
+        """rows (B, N, D), index (N,) their places, see (N, N) bool -> last hidden states (B, N, D)."""
+        return m.llm_backbone.llm.model(inputs_embeds=rows, position_ids=index[None], use_cache=False,
+                                        attention_mask=see[None, None]).last_hidden_state
+
+    @staticmethod
+    def question(cfg, tokenizer, text, answer):
+        """(all that stands behind the picture, how much of it is the question): lists of ids."""
+        ids = cogact.encode_prompt(text, cfg, tokenizer)[1:]
+        return ids, len(ids)
+
+    @staticmethod
+    def before(cfg, tokenizer):
+        return [cfg.bos_id]
+
+    skip = ("action_model.", "llm_backbone.llm.lm_head")              # not in the trunk
+
+
+class VLA0:
+    """How VLA-0 looks and reads. Rows: user <|vision_start|> | patches | <|vision_end|> question answer."""
+    method, start = vla0, 4
+
+    @staticmethod
+    def look(m, images):
+        patches, grid = vla0.patchify(images.flatten(0, 1), m.cfg)
+        return m.visual(patches, grid_thw=grid).pooler_output.view(len(images), -1, m.cfg.llm_width)
+
+    @staticmethod
+    def embedding(m):
+        return m.model.embed_tokens
+
+    @staticmethod
+    def read(m, rows, index, see, grid):
+        # M-RoPE: a picture of grid x grid tokens takes up `grid` places on the time axis
+        picture = range(VLA0.start, VLA0.start + grid * grid)
+        row = [m.cfg.image_id if i in picture else 0 for i in range(int(index.max()) + 1)]
+        positions = vla0.rope_positions(row, m.cfg, (grid, grid))[0][:, index]                     # (3, N)
+        return m.model(inputs_embeds=rows, position_ids=positions[:, None].expand(-1, len(rows), -1),
+                       use_cache=False, attention_mask={"full_attention": see[None, None]}).last_hidden_state
+
+    @staticmethod
+    def question(cfg, tokenizer, text, answer):
+        ids = vla0.encode_prompt(vla0.build_prompt(text, cfg), cfg, tokenizer, 1)[VLA0.start + 1:]
+        return ids + vla0.answer_ids(answer, cfg) + [cfg.im_end_id], len(ids)
+
+    @staticmethod
+    def before(cfg, tokenizer):
+        return vla0.encode_prompt(vla0.build_prompt("x", cfg), cfg, tokenizer, 1)[:VLA0.start]
+
+    skip = ()
+
+
+METHODS = {"cogact": CogACT, "vla0": VLA0}
+
+
+def in_words(row, counts):
+    """The answer as text: X, gripper, Y (if there is one), each x y z: integers 0..100 over half a metre."""
+    values = np.concatenate([row[COLUMNS["x"]], row[COLUMNS["gripper"]],
+                             row[COLUMNS["y"]] if counts[COLUMNS["y"]].all() else []]) * SCALE     # [m]
+    return " ".join(str(int(v)) for v in np.clip(np.rint((values + 0.25) / 0.5 * 100), 0, 100))
+
+
 class Asker(torch.nn.Module):
     """The model with the linear answering heads on top. Q questions share one look at their picture."""
 
-    def __init__(self, model):
+    def __init__(self, model, how):
         super().__init__()
-        self.model, D = model, model.cfg.llm_width
+        self.model, self.how, D = model, how, model.cfg.llm_width
         self.patch_head = torch.nn.Linear(D, len(COLOUR_NAMES) + len(SHAPE_NAMES) + 5)
         self.answer_head = torch.nn.Linear(D, ANSWERS)
         self.task_head = torch.nn.Linear(D, 2 * len(TASKS))
 
     def forward(self, batch):
-        """images (B, 1, h, w, 3), ids (B, Q, L), length (B, Q) -> (B, P, .), (B, Q, .), (B, Q, .) answers."""
-        m, (B, Q, L) = self.model, batch["ids"].shape
-        llm = m.llm_backbone.llm.model
-        patches = m.projector(m.vision_backbone(batch["images"][:, 0]))                 # (B, P, D)
-        text = llm.embed_tokens(batch["ids"])                                           # (B, Q, L, D)
-        #  <s> | patches ... | question 1 without <s> | question 2 | ...     N = 1 + P + Q (L - 1)
-        #   0  | 1 ... P     | P+1 ...                | P+1 ...    |
-        # each question sees the picture and itself, at the positions (second row) it would have alone
-        prefix, L = 1 + patches.shape[1], L - 1
-        rows = torch.cat([text[:, 0, :1], patches, text[:, :, 1:].flatten(1, 2)], 1)    # (B, N, D)
+        """images (B, 1, h, w, 3), before (s,), ids (B, Q, L), length (B, Q) -> answers (B, P, .), (B, Q, .),
+        (B, Q, .), and the hidden states (B, Q, L, D) of the questions' own tokens."""
+        m, how, (B, Q, L) = self.model, self.how, batch["ids"].shape
+        patches = how.look(m, batch["images"])                                          # (B, P, D)
+        embed = how.embedding(m)
+        #  <s> | patches ... | question 1 ... | question 2 ... |       N = s + P + Q L
+        #   0  | 1 ... P     | P+1 ...        | P+1 ...        |
+        # each question sees the picture and itself, at the places (second row) it would have alone
+        rows = torch.cat([embed(batch["before"]).expand(B, -1, -1), patches,
+                          embed(batch["ids"]).flatten(1, 2)], 1)                        # (B, N, D)
+        prefix = len(batch["before"]) + patches.shape[1]
         who = torch.cat([torch.zeros(prefix), torch.arange(1, Q + 1).repeat_interleave(L)])     # (N,)
         at = torch.cat([torch.arange(prefix), (prefix + torch.arange(L)).repeat(Q)])    # (N,)
         causal = torch.ones(len(who), len(who), dtype=torch.bool).tril()
         see = ((who[None] == who[:, None]) | (who[None] == 0)) & causal                 # (N, N)
-        hidden = llm(inputs_embeds=rows, position_ids=at[None], use_cache=False,
-                     attention_mask=see[None, None]).last_hidden_state                  # (B, N, D)
-        last = prefix + torch.arange(Q) * L + batch["length"] - 2                       # (B, Q): each </s>
-        z = hidden[torch.arange(B)[:, None], last]                                      # (B, Q, D)
-        return self.patch_head(patches), self.answer_head(z), self.task_head(z)
+        hidden = how.read(m, rows, at, see, int(patches.shape[1] ** 0.5))               # (B, N, D)
+        own = hidden[:, prefix:].unflatten(1, (Q, L))                                   # (B, Q, L, D)
+        z = own.gather(2, (batch["length"] - 1)[..., None, None].expand(-1, -1, 1, own.shape[-1]))[:, :, 0]
+        return self.patch_head(patches), self.answer_head(z), self.task_head(z), own
 
     def loss(self, batch):
         """(scalar, logs): answers of the text, answers of the picture."""
-        dense, answer, task = self(batch)
+        dense, answer, task, own = self(batch)
         C, S = len(COLOUR_NAMES), len(SHAPE_NAMES)
         colour, shape, where = dense.split([C, S, 5], -1)             # (B, P, .)
         what, thing = batch["what"], batch["what"][..., 0] < C - 1    # (B, P, 2), (B, P)
@@ -206,34 +285,44 @@ class Asker(torch.nn.Module):
                 "colour": F.cross_entropy(colour.flatten(0, 1), what[..., 0].flatten()),
                 "shape": F.cross_entropy(shape.flatten(0, 1), what[..., 1].flatten()),
                 "where": F.l1_loss(where[thing] * scale, batch["where"][thing] * scale)}
-        return logs["answer"] * 2 + 0.2 * logs["task"] + logs["colour"] + logs["shape"] + logs["where"], logs
+        total = logs["answer"] * 2 + 0.2 * logs["task"] + logs["colour"] + logs["shape"] + logs["where"]
+        targets = batch["targets"]                                    # (B, Q, L): the next token, -100: none
+        if (targets >= 0).any():
+            written = own[targets >= 0] @ self.how.embedding(self.model).weight.T
+            logs["text"] = F.cross_entropy(written, targets[targets >= 0])
+            total = total + logs["text"]
+        return total, logs
 
 
-def make_batch(scenes, picks, rng, model, ask=4):
-    """`ask` random questions on each of the scenes `picks`, prepared by the method, and their answers."""
-    cfg, items, rows = model.cfg, [], []
+def make_batch(scenes, picks, rng, asker, ask):
+    """`ask` random questions on each of the scenes `picks`, and their answers."""
+    cfg, tokenizer, how = asker.model.cfg, asker.model.tokenizer, asker.how
+    asked, rows = [], []
     for i in picks:
-        rgb, what, where, asked = scenes[i]
-        which = rng.choice(len(asked), ask, replace=False)
-        items += [cogact.prepare({"images": {"third": rgb}, "instruction": asked[k][0]}, cfg, model.tokenizer)
-                  for k in which]
-        rows.append((what, where, *(np.stack([asked[k][j] for k in which]) for j in (1, 2, 3))))
-    batch = cogact.collate(items, cfg)
-    batch["images"] = batch["images"][::ask]                          # (B, 1, h, w, 3)
-    batch["ids"] = batch["ids"].view(len(picks), ask, -1)             # (B, Q, L)
-    batch["length"] = batch["length"].view(len(picks), ask)           # (B, Q)
-    what, where, task, row, counts = (torch.from_numpy(np.stack(column)) for column in zip(*rows))
-    return batch | {"what": what.long(), "where": where, "where_scale": torch.tensor([4.0, 4.0, 1, 1, 1]),
-                    "task": task, "answer": row, "counts": counts.float()}
+        rgb, what, where, known = scenes[i]
+        which = rng.choice(len(known), ask, replace=False)
+        asked += [how.question(cfg, tokenizer, known[k][0], in_words(*known[k][2:])) for k in which]
+        rows.append((rgb, what, where, *(np.stack([known[k][j] for k in which]) for j in (1, 2, 3))))
+    rgb, what, where, task, row, counts = (torch.from_numpy(np.stack(column)) for column in zip(*rows))
+    L = max(len(ids) for ids, _ in asked)
+    ids = torch.tensor([line + [cfg.pad_id] * (L - len(line)) for line, _ in asked])    # (B Q, L)
+    targets = torch.full_like(ids, -100)
+    for r, (line, n) in enumerate(asked):
+        targets[r, n - 1:len(line) - 1] = ids[r, n:len(line)]
+    return {"images": rgb[:, None], "before": torch.tensor(how.before(cfg, tokenizer)),
+            "ids": ids.view(len(picks), ask, L), "targets": targets.view(len(picks), ask, L),
+            "length": torch.tensor([n for _, n in asked]).view(len(picks), ask), "what": what.long(),
+            "where": where, "where_scale": torch.tensor([4.0, 4.0, 1, 1, 1]), "task": task, "answer": row,
+            "counts": counts.float()}
 
 
 @torch.no_grad()
-def localization(asker, scenes, n=2000):
+def localization(asker, scenes, ask=4, n=2000):
     """Median, mean and 90 % quantile of the errors [cm] of X, Y and the gripper, on the first `n` scenes."""
     asker.eval()
     found, n = {k: [] for k in COLUMNS}, min(n, len(scenes))
     for i in range(0, n, 100):
-        batch = make_batch(scenes, range(i, min(i + 100, n)), np.random.default_rng(i), asker.model)
+        batch = make_batch(scenes, range(i, min(i + 100, n)), np.random.default_rng(i), asker, ask)
         answer = asker(batch)[1]                                      # (B, Q, ANSWERS)
         for k, c in COLUMNS.items():
             off = torch.linalg.norm((answer - batch["answer"])[..., c], dim=-1) * SCALE * 100
@@ -248,13 +337,18 @@ def localization(asker, scenes, n=2000):
 def main():
     assets = Path(__file__).resolve().parent.parent / "assets"
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", choices=METHODS, default="cogact", help="whose tiny preset it is for")
     p.add_argument("--steps", type=int, default=16_000, help="optimizer steps; the rate falls to 0")
     p.add_argument("--scenes", type=int, default=100_000, help="random scenes, six questions each")
-    p.add_argument("--batch", type=int, default=32, help="pictures per step, four questions each")
+    p.add_argument("--batch", type=int, default=32, help="pictures per step")
+    p.add_argument("--ask", type=int, default=4, help="questions per picture, at most 6")
     p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate: 200 steps up, then a cosine")
     p.add_argument("--seed", type=int, default=0, help="of weights and order")
-    p.add_argument("--out", type=Path, default=assets / "cogact_tiny_trunk.safetensors", help="file to write")
+    p.add_argument("--out", type=Path, help="file to write (default: assets/MODEL_tiny_trunk.safetensors)")
     a = p.parse_args()
+    a.out = a.out or assets / f"{a.model}_tiny_trunk.safetensors"
+    if not 1 <= a.ask <= 6:
+        raise ValueError(f"--ask {a.ask}: a scene has six questions, at least one is asked.")
     if min(a.steps, a.batch) < 1 or not 1 <= a.scenes <= HELD_OUT:
         raise ValueError(f"--steps {a.steps} --batch {a.batch} --scenes {a.scenes}: at least 1 each, at most "
                          f"{HELD_OUT:,} scenes (the later ones measure the error).")
@@ -262,12 +356,13 @@ def main():
         raise ValueError(f"--out {a.out}: name a file that ends in .safetensors; its card ends in .json.")
     eval_sim.claim(a.out.parent)
     torch.manual_seed(a.seed)
-    cfg = cogact.PRESETS["tiny"]
-    model = cogact.Model(cfg, cogact.load_tokenizer(cfg))
+    how = METHODS[a.model]
+    cfg = how.method.PRESETS["tiny"]
+    model = how.method.Model(cfg, how.method.load_tokenizer(cfg))
     grid = cfg.image_size // cfg.patch_size
     held_out = make_scenes(2000, cfg.image_size, grid, HELD_OUT)
     scenes = make_scenes(a.scenes, cfg.image_size, grid)
-    asker = Asker(model)
+    asker = Asker(model, how)
     parameters = [q for n, q in asker.named_parameters() if q.requires_grad and "action_model" not in n]
     print(f"{sum(q.numel() for q in parameters) / 1e6:.2f} M parameters, {len(scenes)} scenes")
     opt = torch.optim.AdamW(parameters, a.lr, betas=(0.9, 0.98), weight_decay=0.01)
@@ -277,7 +372,7 @@ def main():
         lr = a.lr * min(1, step / 200) * (0.5 + 0.5 * np.cos(np.pi * step / a.steps))
         for g in opt.param_groups:
             g["lr"] = lr
-        batch = make_batch(scenes, rng.integers(len(scenes), size=a.batch), rng, model)
+        batch = make_batch(scenes, rng.integers(len(scenes), size=a.batch), rng, asker, a.ask)
         loss, logs = asker.loss(batch)
         opt.zero_grad()
         loss.backward()
@@ -288,7 +383,7 @@ def main():
         if step % 50 == 0:
             bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in mean.items()))
         if step % 2000 == 0 or step == a.steps:
-            report = localization(asker, held_out)
+            report = localization(asker, held_out, a.ask)
             tqdm.write(json.dumps({"step": step, "minutes": round((time.time() - start) / 60, 1), **report}))
             save(asker, a, step, time.time() - start, report)
 
@@ -296,13 +391,14 @@ def main():
 def save(asker, a, step, seconds, report):
     """Weights of the trunk (no action head, no answering heads), and the card beside them."""
     trunk = {k: v.half().contiguous() for k, v in asker.model.state_dict().items()
-             if not k.startswith("action_model.") and not k.endswith("lm_head.weight")}
+             if not k.startswith(asker.how.skip or "-")}
     atomic_write(a.out, lambda part: save_file(trunk, part))
-    command = f"--steps {a.steps} --scenes {a.scenes} --batch {a.batch} --lr {a.lr:g} --seed {a.seed}"
+    names = ("model", "ask", "steps", "scenes", "batch", "lr", "seed")
+    command = " ".join(f"--{name} {getattr(a, name)}" for name in names)
     machine = platform.processor() or platform.machine()
     write_json(a.out.with_suffix(".json"), {
         "made_by": f"python examples/pretrain_trunk.py {command}",
-        "steps": step, "pictures": step * a.batch, "questions": 4 * step * a.batch,
+        "steps": step, "pictures": step * a.batch, "questions": a.ask * step * a.batch,
         "minutes": round(seconds / 60, 1),
         "hardware": f"{machine}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "torch": torch.__version__,

@@ -288,6 +288,9 @@ class Policy:
     def __init__(self, model, unnorm_key=None, execute=None):
         self.queue, self.execute = [], execute
 
+    def ask(self, observation):
+        return observation
+
     @property
     def needs_chunk(self):
         return not self.queue
@@ -464,20 +467,24 @@ def trunk():
     return importlib.import_module("pretrain_trunk")
 
 
-def test_trunk_questions_that_share_a_picture_are_answered_as_if_alone(trunk):
-    cfg = cogact.PRESETS["tiny"]
-    asker = trunk.Asker(cogact.Model(cfg, cogact.load_tokenizer(cfg))).eval()
-    grid = cfg.image_size // cfg.patch_size
+@pytest.mark.parametrize("name", ["cogact", "vla0"])
+def test_trunk_questions_that_share_a_picture_are_answered_as_if_alone(trunk, name):
+    how = trunk.METHODS[name]
+    cfg = how.method.PRESETS["tiny"]
+    asker = trunk.Asker(how.method.Model(cfg, how.method.load_tokenizer(cfg)), how).eval()
+    grid = cfg.image_size // cfg.patch_size // getattr(cfg, "merge_size", 1)
     scenes = [trunk.scene(s, cfg.image_size, grid) for s in seeds("pretrain", 2)]
-    together = trunk.make_batch(scenes, [0, 1], np.random.default_rng(0), asker.model)
-    answers, tasks = asker(together)[1:]
+    together = trunk.make_batch(scenes, [0, 1], np.random.default_rng(0), asker, 4)
+    _, answers, tasks, own = asker(together)
     for q in range(4):
         alone = together | {"ids": together["ids"][:, q:q + 1], "length": together["length"][:, q:q + 1]}
-        for a, b in zip((answers, tasks), asker(alone)[1:]):
+        for a, b in zip((answers, tasks), asker(alone)[1:3]):
             assert np.allclose(a[:, q].detach(), b[:, 0].detach(), atol=1e-5)
-    first = {"ids": together["ids"][:, 0], "length": together["length"][:, 0], "images": together["images"]}
-    z = asker.model(first)                                                  # the policy's cognition feature
-    assert np.allclose(asker.answer_head(z[:, 0]).detach(), answers[:, 0].detach(), atol=1e-5)
+    rgb, _, _, asked = scenes[0]                                            # and as the policy reads them
+    text = asked[np.random.default_rng(0).choice(6, 4, replace=False)[0]][0]
+    prepared = how.method.prepare({"images": {"third": rgb}, "instruction": text}, cfg, asker.model.tokenizer)
+    z = asker.model(how.method.collate([prepared], cfg))[0, -1]             # the last token of the prompt
+    assert np.allclose(asker.answer_head(z).detach(), answers[0, 0].detach(), atol=1e-5)
 
 
 def test_trunk_learns_what_the_scene_says(trunk):

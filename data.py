@@ -3,6 +3,7 @@ Data: one sample format for every dataset and method, the tabletop dataset, and 
 
    simulator's expert -> shards in the cache -> dataset[i] -> sample -> method.prepare, .collate -> batch
    my_file.py:make_dataset -------------------> dataset[i] --^
+   LIBERO's HDF5 -> manifest.jsonl, pictures -> dataset[i] --^
 
 THE SAMPLE: a dict, one per (episode, frame), of numpy arrays and strings; nothing normalized or resized.
 
@@ -17,6 +18,8 @@ THE SAMPLE: a dict, one per (episode, frame), of numpy arrays and strings; nothi
    waypoints       (5, 2) float32               (x, y) right and down, [0, 1] of the image: contact, path
    embodiment      str                          which robot and control convention
    history_images  {view: (n, h, w, 3) uint8}   earlier frames, oldest first
+   action_text     str                          the actions as numbers in text, some digits hidden as X; a
+                                                method that writes text (vla0) takes it instead of `actions`
 
 An observation (what a policy sees) is the same dict with only images, instruction and state. Normalizing,
 resizing and augmenting is the work of a method's `prepare`. In the tabletop set, actions are the expert's
@@ -25,6 +28,7 @@ motion and the last gripper.
 
     python data.py --make                   # the default training set, into ~/.cache/plainvla
     python data.py ~/.cache/plainvla/NAME   # what a set holds, and whether it is whole
+    python data.py build-manifest --hdf5 LIBERO --out DIR    # then train.py --data DIR/manifest.jsonl
 """
 import argparse
 import contextlib
@@ -34,9 +38,11 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 import signal
 import sys
 import threading
+import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context, parent_process
@@ -44,6 +50,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
@@ -82,7 +89,7 @@ def check_sample(sample, where="sample", horizon=None, action_dim=None, state_di
         if view not in sample["images"]:
             raise ValueError(f"{where}: no view {view!r} in 'images', found {sorted(sample['images'])}. "
                              "Rename it there, or choose the model's views (--set views=...).")
-    for key in ("instruction", "dataset", "subtask", "embodiment"):
+    for key in ("instruction", "dataset", "subtask", "embodiment", "action_text"):
         if key in sample and not (isinstance(sample[key], str) and sample[key].strip()):
             raise ValueError(f"{where}: {key!r} must be a string that is not empty, found {sample[key]!r}.")
     _check_array(f"{where}: 'state'", sample["state"], np.float32, (state_dim or "S",))
@@ -162,8 +169,7 @@ def _generate(folder, made_from, seeds, workers):
     """Record the episodes of the missing shards in order; write each shard once full, then the manifest."""
     for left in folder.glob(".*.part"):                    # of a run that was killed while writing
         left.unlink(missing_ok=True)
-    if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = usable_cores() if workers is None else workers
     size = max(SHARD_EPISODES, -(-len(seeds) // 512))
     shards = {f"shard-{i // size:05d}.safetensors": seeds[i:i + size] for i in range(0, len(seeds), size)}
     missing = {file: part for file, part in shards.items() if not _is_whole(folder / file)}
@@ -180,6 +186,10 @@ def _generate(folder, made_from, seeds, workers):
                 bar.update()
             atomic_write(folder / file, partial(_write_shard, episodes))
     _write_manifest(folder, shards, made_from)
+
+
+def usable_cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _in_processes(function, jobs, workers):
@@ -349,6 +359,239 @@ class Episodes(torch.utils.data.Dataset):
         return {**e, **{name: shard.read(name, e["start"], end) for name in shard.file.keys()}}
 
 
+# ---- VLA-0's community form (Allenfree/VLA-0): built from LIBERO's HDF5 -----------------------------------
+
+FIELDS = ("instruction", "image_path", "target_action_text", "H", "D")       # of a line
+CAMERAS = ("obs/agentview_rgb", "obs/eye_in_hand_rgb")                       # left, right half of a picture
+
+
+def build_manifest(hdf5, out, horizon=8, num_bins=1000, workers=None):
+    """LIBERO's files *.hdf5 in the folder `hdf5`, or one below -> the number of samples now in `out`.
+
+    out/manifest.jsonl: one object per frame, but for the last `horizon` of a demonstration. out/images: both
+    cameras, tiled as stored: upside down, so a policy trained on them must not turn its frames.
+    out/action_stats.npz: min and max of all the actions. Targets are clean (the original bakes X into a fifth
+    of the digits, and learns it). Run again after an interruption: the result is the same, to the byte.
+    ValueError: damaged files, or an `out` built from something else.
+    """
+    hdf5, out = Path(hdf5), Path(out)
+    files = sorted([*hdf5.glob("*.hdf5"), *hdf5.glob("*/*.hdf5")])
+    if not files or min(horizon, num_bins) < 1:
+        raise ValueError(f"{hdf5}: {len(files)} files *.hdf5 in it and one folder below; horizon={horizon}, "
+                         f"num_bins={num_bins}. At least 1 each: give the folder that holds LIBERO's suites.")
+    low, high, demos = _scan(files, horizon)
+    starts = np.cumsum([0] + [max(0, frames - horizon) for *_, frames in demos]).tolist()
+    made_from = {"files": {path.relative_to(hdf5).as_posix(): path.stat().st_size for path in files},
+                 "actions": {"min": low.tolist(), "max": high.tolist()}, "horizon": horizon,
+                 "num_bins": num_bins, "samples": starts[-1]}
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    with _one_at_a_time(out / ".lock"):
+        done = _whole_lines(out, made_from)
+        jobs = [(path, demo, start, max(0, done - start))
+                for (path, demo, _), start, end in zip(demos, starts, starts[1:]) if end > max(start, done)]
+        write = partial(_write_samples, out, low, high, horizon, num_bins)
+        written = _in_processes(write, jobs, usable_cores() if workers is None else workers)
+        with (contextlib.closing(written), open(out / "manifest.jsonl", "ab") as manifest,
+              tqdm(total=starts[-1], initial=done, unit="sample", desc=str(out)) as bar):
+            for lines in written:
+                manifest.write("".join(lines).encode())
+                manifest.flush()
+                bar.update(len(lines))
+    return starts[-1]
+
+
+def _scan(files, horizon):
+    """Look at every action and shape -> (min (D,), max (D,), [(file, demonstration, frames)])."""
+    low, high, demos = [], [], []
+    for path in tqdm(files, "actions", unit="file"):
+        with _hdf5(path) as file:
+            for demo in sorted(file["data"], key=lambda name: (len(name), name)):   # demo_10 after demo_9
+                actions = file[f"data/{demo}/actions"][:].astype(np.float32)        # (frames, D)
+                third, wrist = (file[f"data/{demo}/{name}"] for name in CAMERAS)
+                where, D = f"{path}, {demo}", len(low[0]) if low else "D"
+                _check_array(f"{where}: actions", actions, np.float32, ("T", D))
+                if not (third.shape == wrist.shape == (len(actions), *third.shape[1:3], 3)
+                        and third.dtype == wrist.dtype == np.uint8):
+                    raise ValueError(f"{where}: pictures {third.dtype} {third.shape} and {wrist.dtype} "
+                                     f"{wrist.shape}, wanted twice uint8 ({len(actions)}, h, w, 3).")
+                low.append(actions.min(0))
+                high.append(actions.max(0))
+                demos.append((path, demo, len(actions)))
+    if not any(frames > horizon for *_, frames in demos):
+        raise ValueError(f"{files[0]} (1 of {len(files)}): no demonstration has more than {horizon} frames.")
+    return np.min(low, 0), np.max(high, 0), demos
+
+
+@contextlib.contextmanager
+def _hdf5(path):
+    try:
+        import h5py
+    except ImportError:
+        raise ValueError('h5py is not installed; run: pip install -e ".[hdf5]"') from None
+    try:
+        with h5py.File(path, "r") as file:
+            yield file
+    except (OSError, KeyError, AttributeError, TypeError) as e:        # the last two: an array is a group
+        reason = str(e).partition("\n")[0]
+        raise ValueError(f"{path} is torn, or no recording of LIBERO: {reason}") from None
+
+
+def _whole_lines(out, made_from):
+    """Claim `out`, or count the lines of an earlier run with the same `made_from`; a torn last one is cut."""
+    about, manifest, limits = out / "built_from.json", out / "manifest.jsonl", out / "action_stats.npz"
+    if not (about.exists() or manifest.exists() or limits.exists()):
+        write_json(about, made_from)
+    found = read_json(about) if about.exists() else {}
+    other = [key for key in made_from if found.get(key) != made_from[key]]
+    if other:
+        raise ValueError(f"{out} was built from something else ({', '.join(other)} differ). Give another "
+                         "--out, or delete it.")
+    atomic_write(limits, partial(_write_limits, made_from["actions"]))
+    done = size = 0
+    with open(manifest, "ab+") as file:
+        file.seek(0)
+        for raw in file:
+            try:
+                json.loads(raw[:raw.index(b"\n")])
+            except ValueError:
+                break
+            done, size = done + 1, size + len(raw)
+        file.truncate(size)
+    return done
+
+
+def _write_limits(limits, path):
+    """Under both names: the original writes mins and maxs, then looks for action_mins and action_maxs."""
+    limits = {f"{name}s": np.array(values, np.float32) for name, values in limits.items()}
+    with open(path, "wb") as file:
+        np.savez(file, **limits, **{f"action_{name}": values for name, values in limits.items()})
+
+
+def _write_samples(out, low, high, horizon, num_bins, job):
+    """Write the pictures of one demonstration; return its lines.
+
+    job: (file, demonstration, number of the sample that starts at its frame 0, the frame to begin with).
+    """
+    path, demo, number, first = job
+    with _hdf5(path) as file:
+        actions = file[f"data/{demo}/actions"][:].astype(np.float32)
+        pictures = np.concatenate([file[f"data/{demo}/{name}"][:] for name in CAMERAS], 2)
+    instruction = path.stem.replace("_demo", "").replace("_", " ").strip()       # a scene's name stays in
+    # FAITHFUL: 1e-6 more range, which decoding does not know; all in float32. A dimension that never varies
+    # becomes 0. Test: test_data.py::test_builder_writes_the_recorded_integers_and_text
+    x = (actions - low) / (high - low + np.float32(1e-6)) * np.float32(num_bins)         # (frames, D)
+    q, lines = np.clip(np.rint(x), 0, num_bins).astype(int), []
+    for t in range(first, len(q) - horizon):
+        image = f"images/{number + t:08d}.png"
+        Image.fromarray(pictures[t]).save(out / image)
+        text = " ".join(map(str, q[t:t + horizon].ravel().tolist()))
+        line = dict(zip(FIELDS, (instruction, image, text, horizon, q.shape[1])))
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    return lines
+
+
+# ---- VLA-0's community form: read -------------------------------------------------------------------------
+
+class Manifest(torch.utils.data.Dataset):
+    """A manifest.jsonl, the original's or built here: [i] is a sample. All lines are checked at once.
+
+    `actions` are decoded from the text, which comes along as `action_text`. Digits hidden as X in the file
+    are inputs, never targets: their number is reported; in `actions`, such an integer is the middle of its
+    range (as in the original) and its step does not count (loss_mask). No state is in the files: one zero.
+    split: every 20th episode is "val", the rest "train". A line goes on with the episode of the line before
+    if it has its instruction and its actions one step later (X fits any digit): neighbours are never parted.
+    """
+
+    def __init__(self, path, split="train", horizon=8, name="libero_hdf5"):
+        assert split in ("train", "val"), split
+        self.path, self.name, about = Path(path), name, Path(path).parent / "built_from.json"
+        made_from = read_json(about) if about.exists() else {}
+        self.num_bins = made_from.get("num_bins", 1000)
+        self.low, self.high = self._limits()
+        self.shape = (horizon, len(self.low))
+        rows, first, at, episode, before = [], [], 0, -1, ("", None)
+        with open(path, "rb") as file:
+            for number, raw in enumerate(tqdm(file, str(path), unit="line", disable=rank_info()[0] > 0), 1):
+                line, q = self._parse(raw, number)
+                old = before[1][1:] if line["instruction"] == before[0] else None        # (H - 1, D)
+                episode += old is None or bool(((old != q[:-1]) & (old >= 0) & (q[:-1] >= 0)).any())
+                rows.append((number, at, episode, line["target_action_text"].count("X")))
+                first.append(q[0].astype(np.int32))
+                before, at = (line["instruction"], q), at + len(raw)
+        if len(rows) != made_from.get("samples", len(rows)) or not rows:
+            raise ValueError(f"{path} holds {len(rows)} samples of {made_from.get('samples', 'at least 1')}; "
+                             "run build-manifest again: it goes on where it was interrupted.")
+        statistics = ActionStatistics()
+        statistics.add(self._decode(np.stack(first)), trajectories=episode + 1)
+        self.stats = {name: statistics.result([True] * (self.shape[1] - 1) + [False])}
+        self.stats[name]["action"].update(min=self.low.tolist(), max=self.high.tolist())
+        rows = np.array(rows)
+        self.rows = rows[(rows[:, 2] % 20 == 19) == (split == "val")]                    # (N, 4)
+        hidden = self.rows[:, 3]
+        if hidden.any() and rank_info()[0] == 0:
+            print(f"{path}, {split}: {hidden.sum():,} digits are hidden as X, in {(hidden > 0).sum():,} of "
+                  f"{len(self):,} samples; they are inputs, never targets.", file=sys.stderr)
+
+    def _limits(self):
+        """What the integers' ends stand for, (D,) float32 each; for the two names see `_write_limits`."""
+        beside, above = (folder / "action_stats.npz" for folder in self.path.resolve().parents[:2])
+        path = beside if beside.exists() else above
+        try:
+            with np.load(path) as file:
+                low, high = (file[name if name in file else f"action_{name}"].astype(np.float32)
+                             for name in ("mins", "maxs"))
+            if low.ndim == 1 and low.shape == high.shape and (low <= high).all():
+                return low, high
+            reason = f"min {low.tolist()}, max {high.tolist()}"
+        except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as e:
+            reason = str(e).partition("\n")[0]
+        raise ValueError(f"{path}, the range of the actions of {self.path}, cannot be read: {reason}")
+
+    def _parse(self, raw, number):
+        """A line -> (its object, its integers (H, D), -1 where digits are hidden)."""
+        where = f"{self.path}, line {number}"
+        try:
+            line = json.loads(raw)
+            *texts, H, D = (line[key] for key in FIELDS)
+        except (ValueError, LookupError, TypeError) as e:
+            raise ValueError(f"{where} is torn, or has not all of {', '.join(FIELDS)}: {e}") from None
+        if (H, D) != self.shape:
+            raise ValueError(f"{where}: H={H}, D={D}; the model's horizon is {self.shape[0]}, the statistics "
+                             f"have {self.shape[1]} numbers. Set horizon, or build another manifest.")
+        if not all(isinstance(text, str) and text.strip() for text in texts):
+            raise ValueError(f"{where}: {', '.join(FIELDS[:3])} must be strings that are not empty.")
+        q = [-1 if "X" in word else int(word) for word in re.findall("[0-9X]+", texts[2])]
+        if len(q) != H * D or max(q) > self.num_bins or re.search("[^0-9X ]|  |^ | $", texts[2]):
+            raise ValueError(f"{where}: wanted {H * D} integers in 0..{self.num_bins}, with a space between, "
+                             f"digits perhaps X; found {texts[2]!r}.")
+        return line, np.array(q).reshape(H, D)
+
+    def _decode(self, q):
+        """Integers (..., D) -> robot units, float32. Hidden ones are the middle (500), as there."""
+        q = np.where(q < 0, self.num_bins // 2, q)
+        return (q / self.num_bins * (self.high - self.low) + self.low).astype(np.float32)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        number, at = self.rows[index, :2].tolist()
+        with open(self.path, "rb") as file:
+            file.seek(at)
+            line, q = self._parse(file.readline(), number)
+        path = self.path.parent / line["image_path"]       # absolute in the original's, where it was written
+        path = path if path.exists() else self.path.parent / "images" / path.name
+        try:
+            third, wrist = np.split(np.array(Image.open(path).convert("RGB")), 2, axis=1)       # (h, w, 3)
+        except (OSError, ValueError, SyntaxError) as e:
+            raise ValueError(f"{self.path}, line {number}: {path} is no picture of two halves: {e}") from None
+        return {"images": {"third": third, "wrist": wrist}, "instruction": line["instruction"],
+                "state": np.zeros(1, np.float32), "actions": self._decode(q), "loss_mask": (q >= 0).all(1),
+                "dataset": self.name, "action_text": line["target_action_text"]}
+
+
 # ---- --data: the tabletop, or a function of yours ---------------------------------------------------------
 
 def open_dataset(spec=NAME, split="train", horizon=8, views=("third",), image_size=64, action_dim=None,
@@ -356,15 +599,19 @@ def open_dataset(spec=NAME, split="train", horizon=8, views=("third",), image_si
     """The dataset that `--data SPEC` names.
 
     "tabletop", "tabletop:pick,put", "tabletop:all": the embedded set; `options` go to `tabletop`.
+    "PATH/manifest.jsonl": VLA-0's community form (see `Manifest`); no validation set if too short: None.
     "my_file.py:make_dataset": your function, called with those of split, horizon, views and image_size that
     it takes by name. It returns something with len() and [i], or an iterable (see `loader`); an attribute
     `stats` of it replaces the statistics pass. Samples are checked as they are read, the first one at once. A
     function that takes no `split` has no validation set: None is returned for any split but "train".
     """
     path, _, name = spec.rpartition(":")
+    expect = {"horizon": horizon, "views": views, "action_dim": action_dim, "state_dim": state_dim}
+    if spec.endswith(".jsonl") and Path(spec).is_file():
+        data = Checked(Manifest(spec, split, horizon), spec, expect)
+        return data if len(data) and data[0] else None
     if path.endswith(".py"):
         offered = {"split": split, "horizon": horizon, "views": views, "image_size": image_size}
-        expect = {"horizon": horizon, "views": views, "action_dim": action_dim, "state_dim": state_dim}
         return _user_dataset(path, name, offered, expect)
     kind, _, families = spec.partition(":")
     if kind == NAME:
@@ -373,8 +620,9 @@ def open_dataset(spec=NAME, split="train", horizon=8, views=("third",), image_si
         return tabletop(split, families=chosen, views=views, image_size=image_size, horizon=horizon,
                         **options)
     found = "a folder" if Path(spec).is_dir() else "a file" if Path(spec).exists() else "nothing there"
-    raise ValueError(f"--data {spec}: found {found}. Give {NAME}, {NAME}:pick,put, {NAME}:all, or my_file.py:"
-                     "make_dataset (a function of yours that reads any format; README has one of 15 lines).")
+    raise ValueError(f"--data {spec}: found {found}. Give {NAME}, {NAME}:pick,put, {NAME}:all, a "
+                     "manifest.jsonl, or my_file.py:make_dataset (a function of yours that reads any format; "
+                     "README has one of 15 lines).")
 
 
 def _user_dataset(path, name, offered, expect):
@@ -592,9 +840,25 @@ def describe(folder):
         print(f"action {key:5} " + " ".join(f"{x:8.4f}" for x in data.stats[NAME]["action"][key]))
 
 
+def build_command(arguments):
+    parser = argparse.ArgumentParser(prog="data.py build-manifest", description=(
+        "LIBERO's HDF5 -> manifest.jsonl with pictures and statistics, for train.py --data."))
+    parser.add_argument("--hdf5", required=True, help="folder with the suites (libero_spatial, ...) in it")
+    parser.add_argument("--out", required=True, help="folder to write, or to finish after an interruption")
+    parser.add_argument("--horizon", type=int, default=8, help="actions per sample")
+    parser.add_argument("--num-bins", type=int, default=1000, help="actions become integers 0 .. this")
+    parser.add_argument("--workers", type=int, help="processes that write (default: one per core)")
+    args = parser.parse_args(arguments)
+    samples = build_manifest(args.hdf5, args.out, args.horizon, args.num_bins, args.workers)
+    print(f"{samples:,} samples; train on them with --data {Path(args.out) / 'manifest.jsonl'}")
+
+
 def main():
+    if sys.argv[1:2] == ["build-manifest"]:
+        return build_command(sys.argv[2:])
     known = ",".join(eval_sim.FAMILIES)
-    parser = argparse.ArgumentParser(description="Make the tabletop dataset, or describe one that is there.")
+    parser = argparse.ArgumentParser(description=(
+        "Make the tabletop dataset, or describe one that is there. LIBERO: data.py build-manifest --help."))
     parser.add_argument("folder", nargs="?", help="describe this set, and compare it with its checksums")
     parser.add_argument("--make", action="store_true", help="generate a set, or finish an interrupted one")
     parser.add_argument("--split", default="train", help=f"one of {', '.join(eval_sim.SPLITS)}")

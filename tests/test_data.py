@@ -1,6 +1,7 @@
 """data.py: the sample format, the generated tabletop set, users' datasets, the sampler and the loader."""
 import contextlib
 import itertools
+import json
 import os
 import pickle
 import resource
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import eval_sim
@@ -306,6 +308,327 @@ def test_bad_sample_met_later_is_one_line_also_from_a_worker(user_file, workers)
     assert len(str(error.value).splitlines()) == 1
 
 
+# ---- VLA-0's community form -------------------------------------------------------------------------------
+
+TASKS = {"libero_goal/put_the_bowl_on_the_plate_demo.hdf5": {"demo_10": 13, "demo_9": 10, "demo_2": 8},
+         "libero_90/KITCHEN_SCENE1_open_the_drawer_demo.hdf5": {"demo_0": 12}}
+
+
+def write_hdf5(path, demos, change=lambda demo: demo, seed=0):
+    """A file in LIBERO's layout: random actions and 4 x 6 pictures. demos: {name: frames}."""
+    h5py, rng = pytest.importorskip("h5py"), np.random.default_rng(seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        for name, frames in demos.items():
+            demo = {"actions": rng.uniform(-1, 1, (frames, 7)),
+                    **{key: rng.integers(0, 256, (frames, 4, 6, 3), np.uint8) for key in data.CAMERAS}}
+            demo["actions"][:, 5] = 0.3                                # a dimension that never varies
+            for key, value in change(demo).items():
+                file[f"data/{name}/{key}"] = value
+
+
+@pytest.fixture
+def libero(tmp_path):
+    for seed, (name, demos) in enumerate(TASKS.items()):
+        write_hdf5(tmp_path / "libero" / name, demos, seed=seed)
+    return tmp_path / "libero"
+
+
+def build(libero, out, **settings):
+    return data.build_manifest(libero, out, workers=0, **settings)
+
+
+def read_lines(folder):
+    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+
+
+def tree(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
+            if path.is_file() and path.name != ".lock"}
+
+
+def one_line(function, match):
+    with pytest.raises(ValueError, match=match) as error:
+        function()
+    assert len(str(error.value).splitlines()) == 1
+
+
+def recorded():
+    """What the original code was seen to do."""
+    folder = Path(os.environ.get("GOLDEN_DIR") or ROOT / "tests" / "golden")
+    return json.loads((folder / "vla0" / "seed_variant.json").read_text())
+
+
+def manifest_of(folder, texts, names=("mins", "maxs"), instruction="wave", golden=None, **line):
+    """A manifest as the original writes it: in a folder below its statistics, absolute paths. -> its path"""
+    golden = golden or recorded()
+    (folder / "train" / "images").mkdir(parents=True)
+    np.savez(folder / "action_stats.npz", **{name: np.array(golden[key], np.float32)
+                                             for name, key in zip(names, ("mins", "maxs"))})
+    with open(folder / "train" / "manifest.jsonl", "w") as file:
+        for i, text in enumerate(texts):
+            image = folder / "train" / "images" / f"{i:08d}.png"
+            Image.new("RGB", (12, 4), (i, 0, 0)).save(image)
+            whole = {"instruction": instruction, "image_path": str(image), "target_action_text": text, "H": 8,
+                     "D": 7, **line}
+            file.write(json.dumps({key: value for key, value in whole.items() if value is not None}) + "\n")
+    return folder / "train" / "manifest.jsonl"
+
+
+@pytest.mark.golden
+def test_builder_writes_the_recorded_integers_and_text(tmp_path):
+    golden, path = recorded(), tmp_path / Path(recorded()["instruction"]["path"]).name
+    actions = np.array(golden["actions"] + golden["actions"][:1])      # one more frame, or there is no sample
+    write_hdf5(path, {"demo_0": 9}, lambda demo: {**demo, "actions": actions})
+    (tmp_path / "images").mkdir()
+    low, high = (np.array(golden[name], np.float32) for name in ("mins", "maxs"))
+    line, = map(json.loads, data._write_samples(tmp_path, low, high, 8, 1000, (path, "demo_0", 0, 0)))
+    assert line["target_action_text"] == golden["text"] and (line["H"], line["D"]) == (8, 7)
+    assert line["instruction"] == golden["instruction"]["text"]
+    never = {name: np.array(golden["constant_dim"][name], np.float32) for name in ("vec", "min", "max")}
+    write_hdf5(path, {"demo_0": 2}, lambda demo: {**demo, "actions": np.stack([never["vec"]] * 2)})
+    line, = map(json.loads, data._write_samples(tmp_path, never["min"], never["max"], 1, 1000,
+                                                (path, "demo_0", 0, 0)))
+    assert line["target_action_text"].split() == list(map(str, golden["constant_dim"]["ints"]))
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("kind", ["clean", "masked"])
+def test_manifest_decodes_as_recorded(tmp_path, kind):
+    golden = recorded()["decode"][kind]
+    dataset = data.open_dataset(str(manifest_of(tmp_path, [golden["input"]])))
+    got = data.check_sample(dataset[0], horizon=8, action_dim=7, views=("third", "wrist"))
+    assert np.array_equal(got["actions"], np.array(golden["actions"], np.float32))
+    hidden = [["X" in word for word in step] for step in np.reshape(golden["input"].split(), (8, 7))]
+    assert np.array_equal(got["loss_mask"], ~np.any(hidden, 1)) and got["action_text"] == golden["input"]
+
+
+def test_built_samples_are_the_recordings_in_order(libero, tmp_path):
+    import h5py
+    import vla0
+    assert build(libero, tmp_path / "out") == 4 + 5 + 2 + 0            # frames beyond the horizon of 8
+    lines = read_lines(tmp_path / "out")
+    dataset = data.open_dataset(str(tmp_path / "out" / "manifest.jsonl"), views=("third", "wrist"))
+    limits = dataset.stats["libero_hdf5"]["action"]
+    frames = [("libero_90/KITCHEN_SCENE1_open_the_drawer", "demo_0", t) for t in range(4)]
+    frames += [("libero_goal/put_the_bowl_on_the_plate", demo, t)
+               for demo, n in (("demo_9", 2), ("demo_10", 5)) for t in range(n)]
+    recordings = {path: h5py.File(libero / path) for path in TASKS}
+    every = [demo["actions"] for file in recordings.values() for demo in file["data"].values()]
+    assert limits["min"] == np.concatenate(every).astype(np.float32).min(0).tolist()    # the short one's, too
+    for i, ((task, demo, t), line) in enumerate(zip(frames, lines, strict=True)):
+        recording, got = recordings[f"{task}_demo.hdf5"][f"data/{demo}"], dataset[i]
+        q = vla0.community_encode(recording["actions"][t:t + 8], limits["min"], limits["max"])
+        assert line["target_action_text"] == got["action_text"] == vla0.to_text(q)
+        _, actions = vla0.community_decode(got["action_text"], limits["min"], limits["max"], 8, 7)
+        assert np.array_equal(got["actions"], actions) and got["loss_mask"].all()
+        assert np.array_equal(got["images"]["third"], recording[data.CAMERAS[0]][t])     # not turned
+        assert np.array_equal(got["images"]["wrist"], recording[data.CAMERAS[1]][t])
+        assert got["instruction"] == task.split("/")[1].replace("_", " ")
+
+
+@pytest.mark.parametrize("left", ["half_a_line", "no_newline", "nothing", "second_demo", "zeros"])
+def test_interrupted_build_gives_the_same_bytes(libero, tmp_path, monkeypatch, left):
+    build(libero, tmp_path / "whole")
+    whole, write, calls = tree(tmp_path / "whole"), data._write_samples, []
+    def interrupted(*args):
+        lines = write(*args)                                           # its pictures are there, its lines not
+        calls.append(len(lines))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return lines
+    monkeypatch.setattr(data, "_write_samples", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(libero, tmp_path / "cut")
+    manifest = tmp_path / "cut" / "manifest.jsonl"
+    raw = manifest.read_bytes()
+    assert raw.count(b"\n") == sum(calls[:2]) == 6 and whole["manifest.jsonl"].startswith(raw)
+    keep = {"half_a_line": raw[:-40], "no_newline": raw[:-1], "nothing": b"", "second_demo": raw,
+            "zeros": raw[:-40] + bytes(40)}[left]
+    manifest.write_bytes(keep)
+    (tmp_path / "cut" / "images" / "00000007.png").write_bytes(b"half a picture")
+    monkeypatch.setattr(data, "_write_samples", write)
+    one_line(lambda: data.open_dataset(str(manifest)), "holds [06] samples of 11; run build-manifest|is torn")
+    build(libero, tmp_path / "cut")
+    assert tree(tmp_path / "cut") == whole
+    before = (tmp_path / "cut" / "images" / "00000000.png").stat().st_mtime_ns
+    build(libero, tmp_path / "cut")                                    # nothing left to do
+    assert tree(tmp_path / "cut") == whole
+    assert (tmp_path / "cut" / "images" / "00000000.png").stat().st_mtime_ns == before
+
+
+def test_folder_of_another_origin_is_refused_and_left_alone(libero, tmp_path):
+    out, foreign = tmp_path / "out", tmp_path / "foreign"
+    build(libero, out)
+    before = tree(out)
+    one_line(lambda: build(libero, out, horizon=4), r"something else \(horizon, samples differ\)")
+    one_line(lambda: build(libero, out, num_bins=100), r"something else \(num_bins differ\)")
+    write_hdf5(libero / "libero_10" / "wave_demo.hdf5", {"demo_0": 9})
+    one_line(lambda: build(libero, out), r"something else \(files, .*samples differ\)")
+    assert tree(out) == before
+    manifest_of(foreign, ["1"])
+    before = tree(foreign)
+    for folder in (foreign, foreign / "train"):                        # there: its statistics, its manifest
+        one_line(lambda folder=folder: build(libero, folder), "built from something else")
+    assert tree(foreign) == before
+
+
+BAD_HDF5 = {
+    "wrist": (lambda demo: {key: demo[key] for key in ("actions", "obs/agentview_rgb")}, "eye_in_hand_rgb"),
+    "one_picture_less": (lambda demo: {**demo, data.CAMERAS[1]: demo[data.CAMERAS[1]][1:]}, "wanted twice"),
+    "floats": (lambda demo: {key: x.astype(float) for key, x in demo.items()}, "float64.*wanted twice uint8"),
+    "nan": (lambda demo: {**demo, "actions": demo["actions"] * np.nan}, r"demo_0: actions is nan at \[0, 0"),
+    "six_numbers": (lambda demo: {**demo, "actions": demo["actions"][:, :6]}, r"\(12, 6\), wanted.*\(T, 7\)"),
+    "actions_in_a_row": (lambda demo: {**demo, "actions": demo["actions"][:, 0]}, r"float32 \(12,\), wanted"),
+    "group": (lambda demo: {"actions/x": demo["actions"]}, "no recording of LIBERO"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_HDF5)
+def test_bad_recording_is_one_line_that_names_the_file(libero, tmp_path, name):
+    change, message = BAD_HDF5[name]
+    write_hdf5(libero / "libero_x" / "bad_demo.hdf5", {"demo_0": 12}, change)
+    one_line(lambda: build(libero, tmp_path / "out"), f"bad_demo.hdf5.*{message}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_inputs_of_a_build_are_one_line(libero, tmp_path, monkeypatch):
+    one_line(lambda: build(tmp_path / "nowhere", tmp_path / "out"), "0 files")
+    one_line(lambda: build(libero, tmp_path / "out", horizon=0), "horizon=0")
+    one_line(lambda: build(libero, tmp_path / "out", horizon=13), "no demonstration has more than 13 frames")
+    (libero / "torn.hdf5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99))
+    one_line(lambda: build(libero, tmp_path / "out"), "torn.hdf5 is torn, or no recording")
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    one_line(lambda: build(libero, tmp_path / "out"), r'h5py is not installed; .* install -e "\.\[hdf5\]"')
+
+
+@pytest.mark.parametrize("names", [("mins", "maxs"), ("action_mins", "action_maxs")])
+@pytest.mark.parametrize("beside", [True, False])
+def test_statistics_are_read_under_both_names_and_places(tmp_path, names, beside):
+    golden, path = recorded(), manifest_of(tmp_path, [recorded()["text"]], names)
+    if beside:
+        (tmp_path / "action_stats.npz").rename(path.parent / "action_stats.npz")
+    dataset = data.open_dataset(str(path))
+    stats = data.dataset_statistics(dataset)["libero_hdf5"]
+    assert stats["action"]["min"] == golden["mins"] and stats["action"]["max"] == golden["maxs"]
+    assert stats["action"]["q99"] and stats["num_transitions"] == stats["num_trajectories"] == 1
+
+
+def test_moved_pictures_are_found_beside_the_manifest(tmp_path):
+    manifest_of(tmp_path / "before", [recorded()["text"]])
+    (tmp_path / "before").rename(tmp_path / "after")
+    dataset = data.open_dataset(str(tmp_path / "after" / "train" / "manifest.jsonl"))
+    assert dataset[0]["images"]["wrist"].shape == (4, 6, 3)
+
+
+TEXT = " ".join(["500"] * 56)
+BAD_LINES = {
+    "count": (dict(texts=[TEXT, TEXT + " 1"]), "line 2: wanted 56 integers in 0..1000"),
+    "range": (dict(texts=[TEXT[:-3] + "1001"]), "line 1: wanted 56 integers"),
+    "sign": (dict(texts=["-" + TEXT]), "line 1: wanted 56 integers"),
+    "words": (dict(texts=["Numbers: " + TEXT]), "line 1: wanted 56 integers"),
+    "double_space": (dict(texts=[TEXT.replace(" ", "  ", 1)]), "line 1: wanted 56 integers"),
+    "no_text": (dict(texts=[""]), "line 1: .* strings that are not empty"),
+    "no_instruction": (dict(texts=[TEXT], instruction=" "), "line 1: .* strings that are not empty"),
+    "number": (dict(texts=[7]), "line 1: .* strings that are not empty"),
+    "no_D": (dict(texts=[TEXT], D=None), "line 1 .* has not all of instruction, .*'D'"),
+    "horizon": (dict(texts=[TEXT], H=4), "line 1: H=4, D=7; the model's horizon is 8"),
+    "empty": (dict(texts=[]), "holds 0 samples of at least 1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_bad_manifest_is_one_line_that_names_its_line(tmp_path, name):
+    change, message = BAD_LINES[name]
+    path = manifest_of(tmp_path, **change)
+    one_line(lambda: data.open_dataset(str(path)), f"manifest.jsonl.*{message}")
+
+
+def test_torn_parts_of_a_manifest_are_one_line(tmp_path):
+    path = manifest_of(tmp_path, [TEXT, TEXT])
+    image, stats, raw = path.parent / "images/00000000.png", tmp_path / "action_stats.npz", path.read_bytes()
+    one_line(lambda: data.open_dataset(str(path), horizon=4), "the model's horizon is 4")
+    one_line(lambda: data.open_dataset(str(path), action_dim=6), r"\(8, 7\), wanted float32 \(8, 6\)")
+    one_line(lambda: data.open_dataset(str(path), views=("top",)), "no view 'top'")
+    for line in (raw[:-9], raw + b"[1]\n", raw + b"\n", raw + b"\xff\n"):
+        path.write_bytes(line)
+        one_line(lambda: data.open_dataset(str(path)), "line [23] is torn, or has not all of")
+    path.write_bytes(raw)
+    for picture in (image.read_bytes()[:-30], b"", None):
+        image.unlink() if picture is None else image.write_bytes(picture)
+        one_line(lambda: data.open_dataset(str(path)), "line 1: .*00000000.png is no picture of two halves")
+    Image.new("RGB", (11, 4)).save(image)
+    one_line(lambda: data.open_dataset(str(path)), "line 1: .*00000000.png is no picture of two halves")
+    Image.new("RGB", (12, 4)).save(image)
+    for torn in (stats.read_bytes()[:-30], b"", b"no archive", None):
+        stats.unlink() if torn is None else stats.write_bytes(torn)
+        one_line(lambda: data.open_dataset(str(path)), "action_stats.npz, the range .* cannot be read: .")
+    for wrong in (dict(mins=np.zeros(7)), dict(mins=np.ones(7), maxs=np.zeros(7)),
+                  dict(mins=np.zeros(7), maxs=np.full(7, np.nan))):
+        np.savez(stats, **wrong)
+        one_line(lambda: data.open_dataset(str(path)), "action_stats.npz, the range .* cannot be read: .")
+    np.savez(stats, mins=np.zeros(6), maxs=np.ones(6))
+    one_line(lambda: data.open_dataset(str(path)), "line 1: H=8, D=7; .* have 6 numbers")
+
+
+def mask(text, rng, share=0.2):
+    return "".join("X" if c.isdigit() and rng.random() < share else c for c in text)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2])
+def test_every_twentieth_episode_is_held_out_whole(tmp_path, share):
+    """Also in the original's files, which do not say where an episode ends, and hide digits."""
+    rng, texts = np.random.default_rng(0), []
+    for _ in range(41):
+        q = rng.integers(0, 1001, (8 + rng.integers(1, 6), 7))
+        texts.append([mask(" ".join(map(str, q[t:t + 8].ravel())), rng, share) for t in range(len(q) - 8)])
+    path = str(manifest_of(tmp_path, [text for episode in texts for text in episode]))
+    found = {split: [one["action_text"] for one in data._each(data.open_dataset(path, split))]
+             for split in ("train", "val")}
+    assert found["val"] == texts[19] + texts[39]
+    assert found["train"] == list(itertools.chain(*texts[:19], *texts[20:39], *texts[40:]))
+    stats = data.open_dataset(path, "val").stats["libero_hdf5"]
+    assert (stats["num_trajectories"], stats["num_transitions"]) == (41, sum(map(len, texts)))
+
+
+def test_short_manifest_has_no_validation_set(tmp_path):
+    assert data.open_dataset(str(manifest_of(tmp_path, [TEXT])), "val") is None
+
+
+@pytest.mark.golden
+def test_hidden_digits_are_reported_and_are_inputs_never_targets(tmp_path, capsys):
+    import vla0
+    golden = recorded()
+    dataset = data.open_dataset(str(manifest_of(tmp_path, [golden["masked_text"], golden["text"]])),
+                                views=("third", "wrist"))
+    said = [line for line in capsys.readouterr().err.splitlines() if "X" in line]
+    number = golden["masked_text"].count("X")
+    assert len(said) == 1 and f"{number} digits are hidden as X, in 1 of 2 samples" in said[0]
+    cfg = vla0.configure(vla0.PRESETS["tiny"], views=("third", "wrist"), horizon=8, num_bins=1000,
+                         padding="repeat")
+    tokenizer = vla0.load_tokenizer(cfg)
+    hidden, clean = (vla0.prepare(dataset[i], cfg, tokenizer, dataset.stats) for i in range(2))
+    assert capsys.readouterr().err == ""                               # once, not at every sample
+    start = len(hidden["ids"]) - 2 - len(golden["text"])
+    assert (hidden["labels"][:start] == -100).all()
+    for at, (c, true) in enumerate(zip(golden["masked_text"], golden["text"], strict=True), start):
+        token = cfg.space_id if true == " " else cfg.digit_id + int(true)
+        assert clean["ids"][at] == clean["labels"][at] == token
+        assert hidden["ids"][at] == (cfg.mask_id if c == "X" else token)
+        assert hidden["labels"][at] == (-100 if c == "X" else token)
+    assert (hidden["labels"] == cfg.mask_id).sum() == 0                # X is never learnt
+
+
+def test_built_set_knows_its_integers_and_hides_none(libero, tmp_path, capsys):
+    build(libero, tmp_path / "out", horizon=4, num_bins=100)
+    capsys.readouterr()
+    dataset = data.open_dataset(str(tmp_path / "out" / "manifest.jsonl"), horizon=4)
+    assert "hidden as X" not in capsys.readouterr().err
+    got, copy = dataset[0], pickle.loads(pickle.dumps(dataset))
+    assert np.abs(got["actions"]).max() <= 1 and max(map(int, got["action_text"].split())) <= 100
+    assert np.array_equal(copy[0]["actions"], got["actions"])
+
+
 # ---- Sampler and loader -----------------------------------------------------------------------------------
 
 def keep(one, key):
@@ -403,13 +726,25 @@ def test_make_then_describe(tmp_path):
         data.describe(folder)
 
 
+def test_build_manifest_command_in_two_processes_then_a_loader(libero, tmp_path):
+    code, out, err = run_cli("build-manifest", "--hdf5", libero, "--out", tmp_path / "two", "--workers", 2)
+    assert code == 0 and f"11 samples; train on them with --data {tmp_path}/two/manifest.jsonl" in out, err
+    assert "11/11" in err
+    build(libero, tmp_path / "one")
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+    dataset = data.open_dataset(f"{tmp_path}/two/manifest.jsonl")
+    (values, _), = itertools.islice(data.loader(dataset, keep, indices, 11, shuffle=False, workers=1), 1)
+    assert values == [int(dataset[i]["images"]["third"].flat[0]) for i in range(11)]
+
+
 def test_bad_command_lines_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     make = ["--make", "--episodes", "2", "--workers", "0", "--image-size", "16", "--cache"]
     here, wrong = str(tmp_path), [["--split", "tests"], ["--families", "juggle"], ["--views", "top"],
                                   ["--episodes", "0"], ["--episodes", "9999999"], ["--image-size", "0"]]
     for args in [[], ["--make", "folder"], [here + "/nowhere"], [here], make + [here + "/file"],
-                 make + [here + "/file/below"]] + [make + [here] + change for change in wrong]:
+                 make + [here + "/file/below"], ["build-manifest", "--hdf5", here, "--out", here + "/out"]
+                 ] + [make + [here] + change for change in wrong]:
         monkeypatch.setattr(sys, "argv", ["data.py", *args])
         with pytest.raises(SystemExit) as left:
             data.cli(data.main)

@@ -219,9 +219,15 @@ class Step(nn.Module):
         return self.model.act(observations, unnorm_key)
 
 
+def first_weights(args, cfg):
+    """--init, else the preset's: a file of this folder or a hub id; else "none"."""
+    own = HERE / (getattr(cfg, "init", "") or "none")
+    return args.init or (str(own) if own.is_file() else getattr(cfg, "init", "") or "none")
+
+
 def build(module, cfg, args, tokenizer, stats, attn, found):
     """The model with its first weights: --init, the checkpoint `found`, or from scratch. CPU, float32."""
-    init = args.init or (getattr(cfg, "init", "") and str(HERE / cfg.init)) or "none"
+    init = first_weights(args, cfg)
     if (found and not args.lora) or init == "none" or init.endswith(".safetensors"):
         model = module.Model(cfg, tokenizer, stats, attn)
         model.fresh = ["everything"]
@@ -750,8 +756,8 @@ def run(cleanup, args, module, cfg, found):
     counts = [len(d) if hasattr(d, "__len__") else "no" if d is None else "?" for d in (train, val)]
     say(textwrap.fill(f"{args.model} {args.preset}: {' '.join(values)}", 110, break_on_hyphens=False))
     how = "FSDP" if args.shard else "DDP" if world > 1 else "one process"
-    fresh = ", ".join(model.fresh) or "none"
-    say(f"parameters {short(total)} total, {short(trainable)} trainable; fresh: {fresh}")
+    begun = f"weights from {found or first_weights(args, cfg)}; fresh: {', '.join(model.fresh) or 'none'}"
+    say(f"parameters {short(total)} total, {short(trainable)} trainable; {begun}")
     say(f"samples per step {args.global_batch} = {cfg.batch} x {world} processes x "
         f"{accumulation} accumulated")
     say(f"data {args.data}: {counts[0]} training and {counts[1]} validation samples, {workers} workers")

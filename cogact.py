@@ -21,8 +21,6 @@ Actions: dx dy dz [m], droll dpitch dyaw [rad], deltas per control step; gripper
     python cogact.py --export runs/cogact/last out/checkpoints/me.pt  # our checkpoint -> the official layout
     torchrun --standalone --nproc_per_node=8 train.py --model cogact --preset base --init FILE.pt --data ...
 """
-import argparse
-import difflib
 import functools
 import math
 import sys
@@ -40,10 +38,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from common import (ChunkEnsemble, adaptive_weights, atomic_write, attention, check_fit, check_observation,
-                    cli, hf_attention, keyed_generator, keyed_rng, load_config, load_weights, normalize,
-                    pick_attention, pick_stats, read_json, resolve, save_folder, tiny_tokenizer, unnormalize,
-                    write_json)
+from common import (ChunkEnsemble, Parser, adaptive_weights, atomic_write, attention, check_config, check_fit,
+                    check_observation, choose, cli, hf_attention, keyed_generator, keyed_rng, load_config,
+                    load_weights, normalize, pick_attention, pick_stats, read_json, resolve, save_folder,
+                    tiny_tokenizer, unnormalize, write_json)
 from common import device as pick_device
 
 
@@ -122,34 +120,28 @@ class Config:
     seed: int = 42
 
     def __post_init__(self):
-        self.views, self.betas = tuple(self.views), tuple(self.betas)
-        for whole, part in (("image_size", "patch_size"), ("dino_width", "dino_heads"), ("width", "heads"),
-                            ("siglip_width", "siglip_heads"), ("llm_width", "llm_heads")):
-            n, k = getattr(self, whole), getattr(self, part)
-            if k < 1 or n % k:
-                raise ValueError(f"{whole}={n} is no multiple of {part}={k}; change one of the two.")
-        for name, low, high in (("execute", 1, self.horizon), ("ensemble_horizon", 1, self.horizon),
-                                ("gripper_index", -1, self.action_dim - 1)):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name}={getattr(self, name)}: with horizon={self.horizon} and action_dim="
-                                 f"{self.action_dim}, choose {low}{' (none)' * (low < 0)} to {high}.")
-        if not self.views or self.registers < 1:               # without registers, ViT builds a SigLIP
-            raise ValueError(f"views={self.views}, registers={self.registers}: set at least one of each.")
-        for name, choices in (("padding", ("neutral", "faithful", "mask")), ("sampler", ("ddim", "ddpm")),
-                              ("compute", ("auto", "bf16", "fp32")), ("train_resize", ("lanczos", "bicubic")),
-                              ("lr_schedule", ("constant", "cosine"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose {' or '.join(choices)}.")
+        ids = ("bos_id", "space_id", "eos_id", "pad_id")
+        check_config(
+            vars(self), vars(Config), multiples=(
+                ("image_size", "patch_size"), ("dino_width", "dino_heads"), ("siglip_width", "siglip_heads"),
+                ("llm_width", "llm_heads", 2), ("width", "heads"), ("frequencies", 2)),
+            least={**dict.fromkeys((*ids, "state_dim", "warmup", "seed"), 0), "gripper_index": -1},
+            most={"execute": "horizon", "ensemble_horizon": "horizon", "condition_dropout": 1},
+            below={**dict.fromkeys(ids, "vocab"), "gripper_index": "action_dim", "ema": 1, "betas": 1,
+                   "seed": 2**63},
+            choices={"padding": ("neutral", "faithful", "mask"), "sampler": ("ddim", "ddpm"),
+                     "compute": ("auto", "bf16", "fp32"), "train_resize": ("lanczos", "bicubic"),
+                     "lr_schedule": ("constant", "cosine")})
 
 
 PRESETS = {
     "small": Config(width=384, depth=6, heads=4),          # DiT-S, 12 M; heads of 96
     "base": Config(),                                      # DiT-B, 89 M: the checkpoint of the paper's tables
     "large": Config(width=1024, depth=24, heads=16),       # DiT-L, 308 M
-    "tiny": Config(                                        # 1.3 M trained parameters, for two CPU cores
-        image_size=64, patch_size=8, dino_width=64, dino_depth=3, dino_heads=2, layer_scale=1.0,
-        dino_mlp=256, siglip_width=64, siglip_depth=3, siglip_heads=2, siglip_mlp=239, llm_width=128,
-        llm_depth=3, llm_heads=4, llm_mlp=256, llm_init=0.06, vocab=512, space_id=3, pad_id=4,
+    "tiny": Config(                                        # 1.6 M trained parameters, for two CPU cores
+        image_size=96, patch_size=12, dino_width=64, dino_depth=4, dino_heads=2, layer_scale=1.0,
+        dino_mlp=256, siglip_width=64, siglip_depth=4, siglip_heads=2, siglip_mlp=239, llm_width=128,
+        llm_depth=4, llm_heads=4, llm_mlp=256, llm_init=0.06, vocab=512, space_id=3, pad_id=4,
         tokenizer="tiny", width=96, depth=3, heads=4, horizon=8, execute=4, augment=False,
         train_resize="bicubic", padding="mask", data="tabletop", lr=6e-4, lr_schedule="cosine", warmup=50,
         batch=32, steps=3000, init="assets/cogact_tiny_trunk.safetensors"),
@@ -159,15 +151,8 @@ PRESETS = {
 def configure(cfg, **overrides):
     """`cfg` with other values; an unknown name is a ValueError with the nearest match."""
     for name in overrides:
-        check_name("cogact.Config has no field", name, [f.name for f in fields(Config)])
+        choose("cogact.Config has no field", name, [f.name for f in fields(Config)])
     return replace(cfg, **overrides)
-
-
-def check_name(complaint, name, known):
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}."
-        raise ValueError(f"{complaint} {name!r}; {hint}")
 
 
 # ---- Text, pictures, actions: what goes into the model ----------------------------------------------------
@@ -1128,8 +1113,9 @@ def read_sizes(state):
         return len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
 
     def shape(name):
-        if name not in state:
-            raise ValueError(f"parameter {name} is missing; give a released CogACT or openvla-7b-prismatic.")
+        if getattr(state.get(name), "ndim", 0) < 2 or not state[name].numel():
+            raise ValueError(f"parameter {name} is missing, or no matrix; give a released CogACT or "
+                             "openvla-7b-prismatic.")
         return tuple(state[name].shape)
 
     dino, siglip, llm, net = ("vision_backbone.dino_featurizer.", "vision_backbone.siglip_featurizer.",
@@ -1138,13 +1124,13 @@ def read_sizes(state):
     sizes = {"patch_size": patch, "image_size": patch * math.isqrt(shape(dino + "pos_embed")[1]),
              "registers": shape(dino + "reg_token")[1]}
     for name, tower in (("dino", dino), ("siglip", siglip)):
-        hidden, width = shape(tower + "blocks.0.mlp.fc1.weight")
+        hidden, width = shape(tower + "blocks.0.mlp.fc1.weight")[:2]
         sizes |= {f"{name}_width": width, f"{name}_depth": count(tower + "blocks."), f"{name}_mlp": hidden}
-    vocab, width = shape(llm + "embed_tokens.weight")
+    vocab, width = shape(llm + "embed_tokens.weight")[:2]
     sizes |= {"vocab": vocab, "llm_width": width, "llm_depth": count(llm + "layers."),
               "llm_mlp": shape(llm + "layers.0.mlp.gate_proj.weight")[0]}
     if any(name.startswith(net) for name in state):
-        width, action_dim = shape(net + "x_embedder.linear.weight")
+        width, action_dim = shape(net + "x_embedder.linear.weight")[:2]
         sizes |= {"width": width, "action_dim": action_dim, "depth": count(net + "blocks."),
                   "horizon": shape(net + "positional_embedding")[0] - 1,
                   "mlp_ratio": shape(net + "blocks.0.mlp.fc1.weight")[0] / width,
@@ -1155,7 +1141,7 @@ def read_sizes(state):
 def read_about(path):
     """A config.json as a dict; {} when there is none."""
     about = read_json(path) if path.is_file() else {}
-    if not isinstance(about, dict) or {type(about.get(k, {})) for k in ("vla", "plainvla")} != {dict}:
+    if {type(about.get(k, {})) for k in ("vla", "plainvla")} != {dict}:
         raise ValueError(f"{path} is not the config of a checkpoint; copy it again, or take it away.")
     return about
 
@@ -1168,6 +1154,7 @@ def read_official(path, preset, overrides):
     # an averaged copy of the DiT ("ema_diffusion") is left out, as by the official loader's default
     parts = set(released) - {"ema_diffusion"} if isinstance(released, dict) else set()
     wrong = (parts | {"action_model"}) ^ set(MODULES)
+    wrong |= {m for m in parts if not isinstance(released[m], dict)}
     if wrong:
         raise ValueError(f"{path} holds {sorted(parts) or 'no model'}; missing or unknown: {sorted(wrong)}. "
                          "Start from CogACT's or openvla-7b-prismatic's .pt (plain Prismatic lacks vision).")
@@ -1178,7 +1165,7 @@ def read_official(path, preset, overrides):
     named = vla.get("action_model_type") or vla.get("diffusion_model_type")
     named = next((size for size, name in DIT_NAMES.items() if name == named), "base")
     size = DIT_WIDTHS.get(sizes["width"], "custom") if "width" in sizes else preset or named
-    check_name("there is no preset", size, [*PRESETS, "custom"])
+    choose("there is no preset", size, [*PRESETS, "custom"])
     if preset not in (None, size):
         raise ValueError(f"preset {preset!r} was asked for, {path} is {size!r}; leave the preset out.")
     base = configure(PRESETS.get(size, PRESETS["base"]), **about.get("plainvla", {}))
@@ -1202,13 +1189,14 @@ def find_official(path):
 
 
 def from_pretrained(path_or_id, *, preset=None, tokenizer=None, attn="auto", device="cpu", dtype=None,
-                    **overrides):
+                    allow_fresh=False, **overrides):
     """Load a checkpoint: our folder, an official .pt (or its run folder), or a hub id of either.
 
     tokenizer: a path or hub id, or a tokenizer. dtype: "bf16" casts the VLM's matrices once instead of in
     every call, with the same numbers as autocast and half the memory (for acting, not for training); "fp32"
-    computes in float32 on CUDA too; None: as cfg.compute says. overrides: other Config values. OpenVLA's .pt
-    (openvla-7b-prismatic) has no action_model: that starts fresh; `model.fresh` and a warning say so.
+    computes in float32 on CUDA too; None: as cfg.compute says. overrides: other Config values. allow_fresh:
+    also take a .pt without action_model, as OpenVLA's (openvla-7b-prismatic): training starts from it, with a
+    fresh head that must drive no robot; `model.fresh` and a warning say so.
     ValueError: not there, torn, of another method, of another size.
     """
     device, dtype = pick_device(device), str(dtype or "").removeprefix("torch.")
@@ -1233,6 +1221,9 @@ def from_pretrained(path_or_id, *, preset=None, tokenizer=None, attn="auto", dev
         cfg, state, stats, preset = read_official(weights, preset, overrides)
         origin = {"started from": str(path_or_id), "license": LICENSE}
         if not any(name.startswith("action_model.") for name in state):
+            if not allow_fresh:
+                raise ValueError(f"{weights} holds only a VLM, no action_model: it cannot act. Train first: "
+                                 f"train.py --model cogact --init {weights}")
             print(f"warning: {weights} holds only a VLM, no action_model: it starts fresh.", file=sys.stderr)
             head, fresh = ActionModel(cfg), ["action_model"]
             head.net.init_weights()
@@ -1303,7 +1294,7 @@ def demo():
 
 
 def main():
-    parser = argparse.ArgumentParser(description="CogACT: tiny demo, or export to the official layout.")
+    parser = Parser("CogACT: tiny demo, or export to the official layout.")
     parser.add_argument("--export", nargs=2, metavar=("CKPT", "OUT.pt"), help="write CKPT the official way")
     export = parser.parse_args().export
     if not export:

@@ -28,11 +28,14 @@ A checkpoint folder: config.json {"method", "preset", "config", "origin", "versi
 (official parameter names), dataset_statistics.json, README.md (model card), tokenizer files unless "tiny".
 Statistics: {dataset: {"action": {mean, std, min, max, q01, q99, mask}, num_transitions, num_trajectories}}.
 """
+import argparse
 import contextlib
+import difflib
 import errno
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import pickle
 import random
@@ -40,6 +43,7 @@ import re
 import shutil
 import struct
 import sys
+import textwrap
 import zipfile
 from collections import deque
 from pathlib import Path
@@ -51,6 +55,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 VERSION = 1                          # of the checkpoint folder's layout
+STATISTICS = ("mean", "std", "min", "max", "q01", "q99", "mask")
+METHODS = tuple(sorted(p.stem for p in Path(__file__).resolve().parent.glob("*.py")
+                       if "\nPRESETS = " in p.read_text(encoding="utf-8")))    # the method files beside this
 
 
 # ---- Devices, ranks, seeds --------------------------------------------------------------------------------
@@ -78,8 +85,10 @@ def device(name="auto"):
 
 def rank_info():
     """(rank, local rank, world size) as torchrun sets them; (0, 0, 1) without a launcher."""
-    return tuple(int(os.environ.get(name, default)) for name, default in
-                 (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    found = [os.environ.get(*of) for of in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))]
+    if not all(x.isdecimal() for x in found) or max(map(int, found[:2])) >= int(found[2]):
+        raise ValueError(f"RANK, LOCAL_RANK, WORLD_SIZE are {', '.join(found)}: unset them, or use torchrun.")
+    return tuple(map(int, found))
 
 
 def seed_everything(seed):
@@ -197,7 +206,43 @@ def tiny_tokenizer():
                                    clean_up_tokenization_spaces=False)
 
 
-# ---- What a robot may send ---------------------------------------------------------------------------------
+# ---- What a user may set, and a robot may send ------------------------------------------------------------
+
+def check_config(values, like, least={}, most={}, below={}, multiples=(), choices={}):
+    """A ValueError for the first field of a Config that is of another type than its default, or out of range.
+
+    values: vars(self), where lists (of JSON) become tuples; like: vars(Config), the defaults. Whole numbers
+    are at least 1, others finite and at least 0, unless `least` differs; `most`, `below`: numbers or other
+    fields. A tuple obeys in every entry, is never empty, and of floats as long as its default. multiples:
+    (name, *names or numbers, of whose product it is a multiple).
+    """
+    numbers = {}
+    for name, value in values.items():
+        value = values[name] = tuple(value) if isinstance(value, list) else value
+        several = isinstance(like[name], tuple) and isinstance(value, tuple)
+        items, kind = (value, type(like[name][0])) if several else ((value,), type(like[name]))
+        fits = bool(items) and all(type(x) is kind or (kind is float and type(x) is int) for x in items)
+        if not fits or (several and kind is float and len(items) != len(like[name])):
+            raise ValueError(f"{name}={value!r}: a value like {like[name]!r} is wanted.")
+        if value not in choices.get(name, [value]):
+            raise ValueError(f"{name}={value!r}: choose {' or '.join(choices[name])}.")
+        numbers |= {name: (items, int(kind is int))} if kind in (int, float) else {}
+    for name, (items, low) in numbers.items():
+        low, top = least.get(name, low), most.get(name, below.get(name, math.inf))
+        high = values.get(top, top)
+        if not all(low <= x < high or (x == high and name in most) for x in items):
+            also = f" and {'at most' if name in most else 'below'} {top}{f'={high}' * (top in values)}"
+            raise ValueError(f"{name}={values[name]!r}: at least {low}{also * (high < math.inf)} is wanted.")
+    for name, *parts in multiples:
+        if values[name] % math.prod(values.get(part, part) for part in parts):
+            known = " x ".join(f"{part}={values[part]}" if part in values else f"{part}" for part in parts)
+            raise ValueError(f"{name}={values[name]} is no multiple of {known}; change one of them.")
+
+
+def is_text(x):
+    """Is it a string with something in it, and valid Unicode (no half of a surrogate pair)?"""
+    return isinstance(x, str) and bool(x.strip()) and not re.search("[\ud800-\udfff]", x)
+
 
 def check_observation(sample, views, state_dim=0):
     """A ValueError for whatever a user can get wrong about an observation.
@@ -205,14 +250,14 @@ def check_observation(sample, views, state_dim=0):
     views: the cameras that are looked at; state_dim: the length a state must have if one is there (0: any).
     """
     instruction, images = sample.get("instruction"), sample.get("images")
-    if not isinstance(instruction, str) or not instruction.strip():
+    if not is_text(instruction):
         raise ValueError(f"instruction={instruction!r}: say in words what the robot should do.")
     if not isinstance(images, dict) or not images:
         found = type(images).__name__ + (" without any" if isinstance(images, dict) else "")
         raise ValueError(f"images: a dict {{view: uint8 array (h, w, 3)}} is expected, found {found}.")
     missing = [view for view in views if view not in images]
     if missing and not len(views) == len(images) == 1:         # one picture for one view needs no name
-        raise ValueError(f"images: the model looks at {list(views)}, found {sorted(images)}. "
+        raise ValueError(f"images: the model looks at {list(views)}, found {list(images)}. "
                          "Rename the pictures, or set views.")
     for view, image in images.items():
         found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
@@ -253,6 +298,21 @@ class ActionStatistics:
                 "num_transitions": len(x), "num_trajectories": self.trajectories}
 
 
+def check_stats(stats, where):
+    """The statistics as plain lists; a ValueError if a dataset's are not finite numbers of one length."""
+    try:
+        plain = json.loads(json.dumps(stats, default=lambda x: x.tolist()))
+        for name, entry in plain.items():
+            action = {k: entry["action"][k] for k in STATISTICS if k in entry["action"]}
+            x = np.array(list(action.values()), np.float64)                 # (n, A)
+            if not is_text(name) or x.ndim != 2 or not x.size or not np.isfinite(x).all():
+                raise ValueError(f"{name}: {' '.join(str(action).split())[:200]}")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+        raise ValueError(f"{where}: no action statistics ({type(e).__name__}: {e}). {{dataset: {{'action': "
+                         f"{{{', '.join(STATISTICS)}: A finite numbers each}}}}}} is wanted.") from e
+    return plain
+
+
 def pick_stats(stats, key=None):
     """The action statistics of dataset `key`; the key may be left out when there is only one."""
     if not stats:
@@ -264,14 +324,18 @@ def pick_stats(stats, key=None):
         asked = "no unnorm_key was given" if key is None else f"unnorm_key={key!r}"
         raise ValueError(f"{asked}: this checkpoint has statistics for {sorted(stats)}. "
                          "Choose the dataset recorded on the robot you drive.")
-    return stats[key]["action"]
+    return check_stats({key: stats[key]}, f"dataset_statistics.json, {key!r}")[key]["action"]
 
 
-def _bounds(stats, kind):
+def _bounds(stats, kind, *also):
     """(offset, width, mask) in float64 such that normalized -1 is offset and +1 is offset + width."""
     if kind not in ("q99", "minmax", "meanstd"):
         raise ValueError(f"normalization {kind!r} does not exist; choose q99, minmax or meanstd.")
     low_name, high_name = {"q99": ("q01", "q99"), "minmax": ("min", "max"), "meanstd": ("mean", "std")}[kind]
+    missing = [name for name in (low_name, high_name, *also) if name not in stats]
+    if missing:
+        raise ValueError(f"the statistics have no {', '.join(missing)}, only {', '.join(stats)}; {kind!r} "
+                         "normalization needs it. Compute them anew from the dataset.")
     low, high = np.asarray(stats[low_name], np.float64), np.asarray(stats[high_name], np.float64)
     return low, high, np.asarray(stats.get("mask", np.ones(len(low), bool)), bool)
 
@@ -282,7 +346,7 @@ def normalize(x, stats, kind="q99"):
     kind: "q99" or "minmax" map that range to [-1, 1] and clip; "meanstd" gives z-scores. Dims outside the
     mask stay as they are; dims that never vary in the dataset (min == max) become 0, masked or not.
     """
-    low, high, mask = _bounds(stats, kind)
+    low, high, mask = _bounds(stats, kind, "min", "max")
     x = np.asarray(x, np.float32)
     if x.shape[-1] != len(low):
         raise ValueError(f"actions have {x.shape[-1]} numbers, the statistics {len(low)}; are they another "
@@ -451,11 +515,15 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """Parse a JSON file; a missing or torn one is one clear ValueError."""
+    """Parse a JSON file that holds an object; a missing, torn or other one is one clear ValueError."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ValueError(f"cannot read {path}: {str(e).splitlines()[0]}") from e
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if isinstance(value, dict):
+            return value
+        reason = f"it holds {str(value)[:40]}, not an object"
+    except (OSError, ValueError, RecursionError) as e:
+        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+    raise ValueError(f"cannot read {path}: {reason}. Copy it again from where it came.")
 
 
 def save_folder(folder, method, preset, config, tensors, stats=None, card="", origin=None):
@@ -464,8 +532,6 @@ def save_folder(folder, method, preset, config, tensors, stats=None, card="", or
     tensors: {official name: tensor}; stats: dataset_statistics.json; card: the text of README.md.
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file, a checkpoint is a folder; choose another output path.")
     tensors = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
     about = {"format": "pt", "method": method}
     atomic_write(folder / "model.safetensors", lambda part: save_file(tensors, part, about))
@@ -477,22 +543,24 @@ def save_folder(folder, method, preset, config, tensors, stats=None, card="", or
 
 def load_config(folder, method=None):
     """The config.json of a checkpoint folder; of another method or newer than this code: ValueError."""
-    config = read_json(Path(folder) / "config.json")
-    if not isinstance(config, dict) or not isinstance(config.get("config"), dict):
-        raise ValueError(f"{folder}/config.json is not the config of a checkpoint of this project.")
-    if method and config.get("method") != method:
-        raise ValueError(f"{folder} is a checkpoint of {config.get('method')!r}, {method!r} was asked for; "
-                         f"use --model {config.get('method')}.")
-    if config.get("version", 0) > VERSION:
+    config = {"preset": "custom", "origin": {}, "version": 0, **read_json(Path(folder) / "config.json")}
+    kinds = {"method": str, "config": dict, "preset": str, "origin": dict, "version": int}
+    wrong = [name for name, kind in kinds.items() if type(config.get(name)) is not kind]
+    if wrong:
+        raise ValueError(f"{folder}/config.json is not the config of a checkpoint of this project: "
+                         f"{wrong[0]} is {str(config.get(wrong[0]))[:40]}. Copy it again.")
+    if method and config["method"] != method:
+        raise ValueError(f"{folder} is a checkpoint of {config['method']!r}, {method!r} was asked for; "
+                         f"use --model {config['method']}.")
+    if config["version"] > VERSION:
         raise ValueError(f"{folder} is of version {config['version']}, this code reads {VERSION}: update it.")
-    return {"preset": "custom", "origin": {}, **config}
+    return config
 
 
 def method_of(path_or_id, model=None):
     """The method of a checkpoint: what its config.json says, or `model` where it says nothing."""
     path = resolve(path_or_id, ["config.json"])
-    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    found = config.get("method") if isinstance(config, dict) else None
+    found = read_json(path / "config.json").get("method") if (path / "config.json").is_file() else None
     if model and found and found != model:
         raise ValueError(f"--model {model}: {path_or_id} is a checkpoint of {found!r}; leave --model out.")
     if not (model or found):
@@ -512,28 +580,33 @@ def load_weights(path):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, OSError, LookupError,
             ValueError) as e:
-        reason = (str(e).splitlines() or [type(e).__name__])[0][:160]
+        reason = textwrap.shorten((str(e).splitlines() or [type(e).__name__])[0], 160, placeholder=" ...")
         raise ValueError(f"{path} ({path.stat().st_size:,} bytes) is torn, or no weights file: {reason}. "
                          "Copy or download it again.") from e
 
 
 def check_fit(want, have, path):
-    """Strict loading with an error message of one line. want, have: {parameter name: tensor}."""
-    want, have = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (want, have))
+    """Strict loading with an error message of one line. want: {parameter name: tensor}, have: whatever."""
+    def about(t):                                              # any float type fits any other
+        kind, shape = getattr(t, "dtype", type(t)), tuple(getattr(t, "shape", ()))
+        return shape if getattr(kind, "is_floating_point", False) else f"{kind} {shape}"
+    want, have = ({name: about(t) for name, t in tensors.items()} for tensors in (want, have))
     missing, unknown = [n for n in want if n not in have], [n for n in have if n not in want]
     other = [f"{n} {have[n]} instead of {want[n]}" for n in want if n in have and have[n] != want[n]]
     if missing or unknown or other:
         raise ValueError(f"{path} does not fit the model: " + "; ".join(
             f"{len(names)} parameters {what}, e.g. {names[0]}" for names, what in
-            ((missing, "missing"), (unknown, "unknown"), (other, "of another shape")) if names) + ".")
+            ((missing, "missing"), (unknown, "unknown"), (other, "of another kind")) if names) + ".")
 
 
-def resolve(path_or_id, patterns, option="--ckpt"):
+def resolve(path_or_id, patterns, option="checkpoint"):
     """A local file or folder as it is; of a hub id "org/name", the files matching `patterns` are downloaded.
 
     HF_TOKEN, HF_HOME and HF_HUB_OFFLINE work as always with huggingface_hub; its progress bar is shown.
     """
     path = Path(path_or_id).expanduser()
+    if (path / "last" / "config.json").is_file() and not (path / "config.json").is_file():
+        raise ValueError(f"{option} {path_or_id} is a whole run; give its newest checkpoint: {path / 'last'}")
     if path.exists():
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_id)):
@@ -556,6 +629,42 @@ def resolve(path_or_id, patterns, option="--ckpt"):
 
 # ---- Command line -----------------------------------------------------------------------------------------
 
+def choose(complaint, name, known):
+    """A ValueError with the nearest match, unless `name` is one of `known`."""
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}."
+        raise ValueError(f"{complaint} {name!r}; {hint}")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are one line, which takes no empty values and no abbreviated flags."""
+
+    def __init__(self, description, **how):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False, **how)
+
+    def error(self, message):
+        raise ValueError(f"{message} (python {self.prog} --help lists the flags)")
+
+    def parse_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        for before, text in zip(["", *args], args):            # torch's device "meta" computes nothing
+            if re.search(r"(^|=)(--[a-z-]+=\s*|--device=meta)$", f"{before}={text}"):
+                self.error(f"{before} {text!r} cannot be used; give another value, or leave the flag out")
+        return super().parse_args(args, namespace)
+
+
+def within(low, high=2**63 - 1):
+    """For add_argument(type=...): an int (a float if `low` is one) from low to high."""
+    def read(text):
+        if not low <= (value := type(low)(text)) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in {low} .. {high}")
+        return value
+    read.__name__ = type(low).__name__                         # argparse: "invalid int value: 'ten'"
+    return read
+
+
 def cli(main):
     """Run a script's main(): what a user got wrong (ValueError, OSError) is one line and exit code 2.
 
@@ -567,7 +676,8 @@ def cli(main):
         if os.environ.get("PLAINVLA_TRACEBACK"):
             raise
         text = e.strerror if isinstance(e, OSError) and e.strerror and not e.filename else str(e)
-        print("error: " + " ".join(text.split()), file=sys.stderr, flush=True)
+        text = re.sub(r"(?<=[\w)'])\.\.(?= |$)", ".", " ".join(text.split()))    # a reason's stop, and ours
+        print(f"error: {text}", file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:
         code = 130

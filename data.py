@@ -30,12 +30,11 @@ motion and the last gripper.
     python data.py ~/.cache/plainvla/NAME   # what a set holds, and whether it is whole
     python data.py build-manifest --hdf5 LIBERO --out DIR    # then train.py --data DIR/manifest.jsonl
 """
-import argparse
 import contextlib
-import difflib
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import json
 import os
 import re
@@ -56,7 +55,8 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 import eval_sim
-from common import ActionStatistics, atomic_write, cli, hash64, rank_info, read_json, write_json
+from common import (ActionStatistics, Parser, atomic_write, check_config, check_stats, choose, cli, hash64,
+                    is_text, pick_stats, rank_info, read_json, within, write_json)
 
 NAME = "tabletop"                          # the unnorm_key of the embedded dataset
 EPISODES = {"train": 2000, "val": 64}      # default sizes (other splits: 64)
@@ -77,11 +77,12 @@ def check_sample(sample, where="sample", horizon=None, action_dim=None, state_di
     wanted = ["images", "instruction", "state"] + (["actions", "loss_mask", "dataset"] if actions else [])
     for key in wanted:
         if key not in sample:
-            raise ValueError(f"{where}: no {key!r}; it has {sorted(sample)}, wanted {wanted}.")
+            raise ValueError(f"{where}: no {key!r}; it has {list(sample)}, wanted {wanted}.")
     for key in ("images", "history_images"):
-        if key in sample and not (isinstance(sample[key], dict) and sample[key]):
+        if key in sample and not (isinstance(sample[key], dict) and any(sample[key])
+                                  and all(map(is_text, sample[key]))):
             raise ValueError(f"{where}: {key!r} must be a dict {{view: array}} with at least one view, "
-                             f"found {type(sample[key]).__name__} of length {np.size(sample[key])}.")
+                             f"each with a name, found {' '.join(repr(sample[key])[:60].split())}.")
         size = ("n",) * (key != "images") + ("h", "w", 3)
         for view, image in sample.get(key, {}).items():
             _check_array(f"{where}: {key}[{view!r}]", image, np.uint8, size)
@@ -90,24 +91,26 @@ def check_sample(sample, where="sample", horizon=None, action_dim=None, state_di
             raise ValueError(f"{where}: no view {view!r} in 'images', found {sorted(sample['images'])}. "
                              "Rename it there, or choose the model's views (--set views=...).")
     for key in ("instruction", "dataset", "subtask", "embodiment", "action_text"):
-        if key in sample and not (isinstance(sample[key], str) and sample[key].strip()):
+        if key in sample and not is_text(sample[key]):
             raise ValueError(f"{where}: {key!r} must be a string that is not empty, found {sample[key]!r}.")
     _check_array(f"{where}: 'state'", sample["state"], np.float32, (state_dim or "S",))
     if actions:
         shape = (horizon or "T", action_dim or "A")
         _check_array(f"{where}: 'actions'", sample["actions"], np.float32, shape)
         _check_array(f"{where}: 'loss_mask'", sample["loss_mask"], np.bool_, (len(sample["actions"]),))
+        if not sample["loss_mask"].any() and "action_text" not in sample:
+            raise ValueError(f"{where}: 'loss_mask' is False everywhere; leave a sample without actions out.")
     if "waypoints" in sample:
         _check_array(f"{where}: 'waypoints'", sample["waypoints"], np.float32, (5, 2))
     return sample
 
 
 def _check_array(what, x, dtype, shape):
-    """`shape`: a number is that size, a letter any size but 0."""
+    """`shape`: a number is that size, a letter any size but 0 (of a picture: or 1)."""
     wanted = f"{np.dtype(dtype)} ({', '.join(map(str, shape))}{',' * (len(shape) == 1)})"
     if not isinstance(x, np.ndarray):
         raise ValueError(f"{what} must be a numpy array {wanted}, found {type(x).__name__}.")
-    fits = [n > 0 if isinstance(size, str) else n == size for n, size in zip(x.shape, shape)]
+    fits = [n > (size in "hw") if isinstance(size, str) else n == size for n, size in zip(x.shape, shape)]
     if x.dtype != dtype or x.ndim != len(shape) or not all(fits):
         raise ValueError(f"{what} is {x.dtype} {x.shape}, wanted {wanted}.")
     if x.dtype.kind == "f" and not np.isfinite(x).all():
@@ -139,9 +142,10 @@ def tabletop(split="train", episodes=None, families=None, views=("third",), imag
     folder = base / "-".join([NAME, split, "+".join(families), "+".join(views), f"{image_size}px",
                               f"{episodes}ep", f"v{eval_sim.VERSION}"])
     if not _is_made(folder):
-        if base.exists() and not base.is_dir():
-            raise ValueError(f"the cache {base} is a file; give a folder (--cache DIR).")
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise ValueError(f"--cache {base} cannot be used ({e.strerror}); give another folder.") from e
         with _one_at_a_time(folder / ".lock"):             # all ranks of a run come here; the first works
             if not _is_made(folder):
                 _generate(folder, made_from, seeds, workers)
@@ -256,6 +260,7 @@ class Shard:
             self.path, self.file = path, safe_open(path, "np")
             facts = json.loads(self.file.metadata()[NAME])
             self.episodes, self.subtasks = facts["episodes"], facts["subtasks"]
+            sum(e["frames"] for e in self.episodes)
         except FileNotFoundError:
             raise ValueError(f"{path} is missing. Run again with the same settings to make it.") from None
         except (SafetensorError, OSError, ValueError, TypeError, KeyError) as e:
@@ -291,7 +296,12 @@ def _manifest(folder):
         raise ValueError(f"{folder} has no manifest.json: it is no finished set of `python data.py --make`.")
     try:
         manifest = read_json(path)
-        return {key: manifest[key] for key in ("made_from", "stats", "shards")}
+        pick_stats(manifest["stats"], NAME)
+        list(map(eval_sim.VIEWS.index, manifest["made_from"]["views"]))      # an unknown one is a ValueError
+        like = {"file": "x", "bytes": 1, "sha256": "x"}
+        for shard in manifest["shards"] or [{}]:
+            check_config({name: shard[name] for name in like}, like)
+        return manifest
     except (ValueError, KeyError, TypeError) as e:
         raise _torn(path, e) from None
 
@@ -631,17 +641,16 @@ def _user_dataset(path, name, offered, expect):
     spec = importlib.util.spec_from_file_location(f"user_{Path(path).stem}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     sys.path.append(str(Path(path).resolve().parent))      # last: it finds its helpers, shadows none of ours
-    spec.loader.exec_module(module)
-    make = getattr(module, name, None)
-    if not callable(make):
-        near = difflib.get_close_matches(name, [n for n, value in vars(module).items() if callable(value)], 1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"{path} has no function {name!r}{hint}")
+    with _blame(path):
+        spec.loader.exec_module(module)
+    choose(f"{path} has no function", name, [n for n, value in vars(module).items() if callable(value)])
+    make = getattr(module, name)
     takes = inspect.signature(make).parameters
     if offered["split"] != "train" and "split" not in takes:
         return None
     make = partial(make, **{key: value for key, value in offered.items() if key in takes})
-    data = make()
+    with _blame(f"{path}:{name}"):
+        data = make()
     if _has_items(data):
         dataset = Checked(data, f"{path}:{name}", expect)
     elif hasattr(data, "__iter__"):
@@ -651,6 +660,18 @@ def _user_dataset(path, name, offered, expect):
     if next(_each(dataset), None) is None:
         raise ValueError(f"{path}:{name} returned an empty dataset.")
     return dataset
+
+
+@contextlib.contextmanager
+def _blame(where):
+    """Whatever a user's code raises is one ValueError that says where."""
+    try:
+        yield
+    except (Exception, SystemExit) as e:
+        if isinstance(e, ValueError) and where.partition(", sample")[0] in str(e):
+            raise                                          # of check_sample, of a Manifest: it says where
+        reason = (str(e).splitlines() or ["no message"])[0][:300]
+        raise ValueError(f"{where}: {type(e).__name__}: {reason} (PLAINVLA_TRACEBACK=1 shows where)") from e
 
 
 def _has_items(dataset):
@@ -670,10 +691,12 @@ class Checked(torch.utils.data.Dataset):
         self.data, self.where, self.expect, self.stats = data, where, expect, getattr(data, "stats", None)
 
     def __len__(self):
-        return len(self.data)
+        with _blame(f"{self.where}, len()"):
+            return len(self.data)
 
     def __getitem__(self, index):
-        return check_sample(self.data[index], f"{self.where}, sample {index}", **self.expect)
+        with _blame(where := f"{self.where}, sample {index}"):
+            return check_sample(self.data[index], where, **self.expect)
 
 
 class CheckedStream(torch.utils.data.IterableDataset):
@@ -683,7 +706,12 @@ class CheckedStream(torch.utils.data.IterableDataset):
         self.make, self.where, self.expect, self.stats = make, where, expect, stats
 
     def __iter__(self):
-        for index, sample in enumerate(self.make()):
+        with _blame(self.where):
+            samples = iter(self.make())
+        for index in itertools.count():
+            with _blame(f"{self.where}, sample {index}"):
+                if (sample := next(samples, self)) is self:
+                    return
             yield check_sample(sample, f"{self.where}, sample {index}", **self.expect)
 
 
@@ -693,8 +721,8 @@ def dataset_statistics(dataset):
     The pass counts each action whose loss_mask is True, in every sample that holds it, and takes the last
     dimension for the gripper (mask False: not normalized). Where that is wrong, give the dataset `stats`.
     """
-    if getattr(dataset, "stats", None):
-        return dataset.stats
+    if getattr(dataset, "stats", None) not in (None, {}):
+        return check_stats(dataset.stats, f"{getattr(dataset, 'where', 'the dataset')}, stats")
     found, total = {}, len(dataset) if _has_items(dataset) else None
     bar = tqdm(_each(dataset), "action statistics", total, unit="sample", disable=rank_info()[0] > 0)
     for sample in bar:
@@ -841,13 +869,13 @@ def describe(folder):
 
 
 def build_command(arguments):
-    parser = argparse.ArgumentParser(prog="data.py build-manifest", description=(
-        "LIBERO's HDF5 -> manifest.jsonl with pictures and statistics, for train.py --data."))
+    parser = Parser("LIBERO's HDF5 -> manifest.jsonl with pictures and statistics, for train.py --data.",
+                    prog="data.py build-manifest")
     parser.add_argument("--hdf5", required=True, help="folder with the suites (libero_spatial, ...) in it")
     parser.add_argument("--out", required=True, help="folder to write, or to finish after an interruption")
-    parser.add_argument("--horizon", type=int, default=8, help="actions per sample")
-    parser.add_argument("--num-bins", type=int, default=1000, help="actions become integers 0 .. this")
-    parser.add_argument("--workers", type=int, help="processes that write (default: one per core)")
+    parser.add_argument("--horizon", type=within(1), default=8, help="actions per sample")
+    parser.add_argument("--num-bins", type=within(1), default=1000, help="actions become integers 0 .. this")
+    parser.add_argument("--workers", type=within(0), help="processes that write (default: one per core)")
     args = parser.parse_args(arguments)
     samples = build_manifest(args.hdf5, args.out, args.horizon, args.num_bins, args.workers)
     print(f"{samples:,} samples; train on them with --data {Path(args.out) / 'manifest.jsonl'}")
@@ -857,17 +885,16 @@ def main():
     if sys.argv[1:2] == ["build-manifest"]:
         return build_command(sys.argv[2:])
     known = ",".join(eval_sim.FAMILIES)
-    parser = argparse.ArgumentParser(description=(
-        "Make the tabletop dataset, or describe one that is there. LIBERO: data.py build-manifest --help."))
+    parser = Parser("Make the tabletop dataset, or describe one. LIBERO: data.py build-manifest --help.")
     parser.add_argument("folder", nargs="?", help="describe this set, and compare it with its checksums")
     parser.add_argument("--make", action="store_true", help="generate a set, or finish an interrupted one")
     parser.add_argument("--split", default="train", help=f"one of {', '.join(eval_sim.SPLITS)}")
-    parser.add_argument("--episodes", type=int, help=f"how many (default {EPISODES})")
+    parser.add_argument("--episodes", type=within(1, 10**6), help=f"how many (default {EPISODES})")
     parser.add_argument("--families", default="", help=f"all, or some of {known} (default: the first three)")
     parser.add_argument("--views", default="third", help=f"cameras, some of {','.join(eval_sim.VIEWS)}")
-    parser.add_argument("--image-size", type=int, default=64, help="pixels per side")
+    parser.add_argument("--image-size", type=within(1), default=64, help="pixels per side")
     parser.add_argument("--cache", help="folder that holds generated sets (default: ~/.cache/plainvla)")
-    parser.add_argument("--workers", type=int, help="processes that generate (default: one per core)")
+    parser.add_argument("--workers", type=within(0), help="processes that generate (default: one per core)")
     args = parser.parse_args()
     if args.make == bool(args.folder):
         raise ValueError("give either --make or the folder of a set (python data.py --help).")

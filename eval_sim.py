@@ -23,7 +23,6 @@ let go drops onto what is below. Everything follows from the seed.
 
 Sections: solids and pictures, the world, the expert, episodes, evaluation, command line.
 """
-import argparse
 import hashlib
 import importlib
 import math
@@ -852,7 +851,6 @@ def replay(recorded):
 
 # ---- Evaluation: many episodes at once, one batched inference for all that need a chunk -------------------
 
-METHODS = ("a0", "vla0", "robovlms", "cogact", "robobrain_x0")
 CONTROLS = ("swap", "blank", "random", "expert")
 NO_MODEL = ("random", "expert")  # controls that act without one
 FILM = 192                       # pixels per side of an episode in film.gif
@@ -1091,13 +1089,9 @@ def print_table(results):
 
 # ---- Command line -----------------------------------------------------------------------------------------
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):                                         # one line, not the whole usage
-        raise ValueError(f"{message} (python eval_sim.py --help lists the flags)")
-
-
 def flags():
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    from common import METHODS, Parser, within
+    p = Parser(__doc__, prog="eval_sim.py")
 
     what = p.add_argument_group("what")
     what.add_argument("--ckpt", help="checkpoint to evaluate: our folder, an official release, or a hub id")
@@ -1115,14 +1109,14 @@ def flags():
                      f"{','.join(DEFAULT_FAMILIES)})")
     sim.add_argument("--split", choices=SPLITS, help="eval (default): unseen scenes; hard: also unseen "
                      "colour-shape pairs, phrasings and camera pose")
-    sim.add_argument("--episodes", type=int, default=200, help="how many episodes (default: 200)")
-    sim.add_argument("--batch", type=int, help="episodes played side by side (default: 64)")
+    sim.add_argument("--episodes", type=within(1, 10**6), default=200, help="how many (default: 200)")
+    sim.add_argument("--batch", type=within(1), help="episodes played side by side (default: 64)")
 
     policy = p.add_argument_group("policy")
     policy.add_argument("--unnorm-key", help="whose action statistics to use; needed if there are several")
-    policy.add_argument("--execute", type=int, help="actions played per chunk (default: the preset's)")
+    policy.add_argument("--execute", type=within(1), help="actions played per chunk (default: the preset's)")
     policy.add_argument("--tokenizer", help="tokenizer folder or hub id, if the checkpoint has none")
-    policy.add_argument("--seed", type=int, help="seed of the noise that the model draws (default: 0)")
+    policy.add_argument("--seed", type=within(0), help="seed of the noise that the model draws (default: 0)")
     policy.add_argument("--device", help="auto (default), cpu, cuda, mps, ...")
     policy.add_argument("--attn", help="attention kernel: auto (default), flash, sdpa, eager")
 
@@ -1152,19 +1146,14 @@ def parse(argv=None):
         setattr(a, name, default if getattr(a, name) is None else getattr(a, name))
     a.families = FAMILIES if a.families == "all" else tuple(dict.fromkeys(a.families.split(",")))
     Tabletop(a.families, a.split)                                     # an unknown family is an error here
-    if a.batch < 1 or not 1 <= a.episodes <= 1_000_000:
-        raise ValueError(f"--episodes {a.episodes} --batch {a.batch}: play 1 to 1,000,000, 1 or more a time.")
     return a
 
 
 def find_method(ckpt, model=None):
     """The module of a checkpoint's method (`model`: of one that does not say)."""
-    from common import method_of
+    from common import METHODS, choose, method_of
     name = method_of(ckpt, model)
-    if name not in METHODS:                                           # never import what a download names
-        raise ValueError(f"{ckpt} is a checkpoint of {name!r}; known are {', '.join(METHODS)}.")
-    if not Path(__file__).with_name(f"{name}.py").is_file():
-        raise ValueError(f"{ckpt} is a checkpoint of {name}, but there is no {name}.py here; update.")
+    choose(f"{ckpt} is of a method that is not here,", name, METHODS)    # never import what a download names
     return importlib.import_module(name)
 
 

@@ -17,7 +17,6 @@ Mode "step" (the default with --execute k): one action, T = 1, of the session's 
 Units and conventions (frame, rotation, gripper) are those of the dataset `unnorm_key`. A client's mistake is
 4xx, ours 5xx, always {"error": "one line"}; a robot never receives NaN.
 """
-import argparse
 import asyncio
 import base64
 import difflib
@@ -39,8 +38,8 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 from PIL import Image
 
-from common import cli, device, method_of, pick_stats
-from eval_sim import METHODS
+from common import Parser, cli, device, is_text, pick_stats, within
+from eval_sim import find_method
 
 MAX_BODY = 32 * 2**20          # bytes of one request
 MAX_IMAGES = 8
@@ -109,10 +108,8 @@ def read_image(name, text):
 def read_observation(body, cfg):
     """A parsed request -> observation: instruction, images {view: uint8 (h, w, 3)}, if sent state (S,)."""
     text, images, state = body.get("instruction", ""), body.get("images", {}), body.get("state")
-    if not text.strip():
-        raise Refused(400, '"instruction" is missing or empty; say what the robot should do.')
-    if text != text.encode("utf-8", "ignore").decode():
-        raise Refused(400, '"instruction" is not valid Unicode (half a surrogate pair).')
+    if not is_text(text):
+        raise Refused(400, '"instruction" is missing, empty or no valid Unicode; say what to do.')
     if len(images) > MAX_IMAGES:
         raise Refused(413, f'"images" holds {len(images)} images, at most {MAX_IMAGES} are taken.')
     if set(images) != set(cfg.views):                  # a picture under another name may be of another camera
@@ -144,7 +141,8 @@ class Service:
         self.unnorm_key, self.execute = unnorm_key, execute
         self.lock, self.times = threading.Lock(), deque(maxlen=10_000)       # milliseconds
         self.sessions = OrderedDict()                                        # name: key, instruction, Policy
-        key, size = unnorm_key or next(iter(model.stats), None), self.cfg.image_size
+        key = next(iter(model.stats), None) if unnorm_key is None else unnorm_key
+        size = self.cfg.image_size
         pick_stats(model.stats, key)                                         # a wrong --unnorm-key fails here
         try:
             installed = version("plainvla")
@@ -170,10 +168,7 @@ class Service:
     def predict(self, observation, key):
         """One inference -> ((T, A) finite, info)."""
         start = time.perf_counter()
-        try:
-            chunks, info = self.model.act([observation], unnorm_key=key, **self.options)
-        except ValueError as e:                                              # a check of the method's own
-            raise Refused(400, e) from e
+        chunks, info = self.model.act([observation], unnorm_key=key, **self.options)
         self.times.append(1000 * (time.perf_counter() - start))              # act has waited for the device
         if not np.isfinite(chunks).all():
             raise Refused(500, "the model's actions are not finite; none were sent. Check the checkpoint.")
@@ -201,17 +196,14 @@ class Service:
         key, mode = body.get("unnorm_key", self.unnorm_key), body.get("mode", self.info["mode"])
         if mode not in ("chunk", "step"):
             raise Refused(400, f'"mode" is {mode[:100]!r}; choose "chunk" or "step".')
-        try:
-            pick_stats(self.model.stats, key)
-        except ValueError as e:
-            raise Refused(400, e) from e
         observation = read_observation(body, self.cfg)
         with self.lock:
             start = time.perf_counter()
-            if mode == "step":
-                actions, info = self.step(body.get("session"), key, observation)
-            else:
-                actions, info = self.predict(observation, key)
+            try:
+                actions, info = (self.step(body.get("session"), key, observation) if mode == "step" else
+                                 self.predict(observation, key))
+            except ValueError as e:                                          # a check of the method's own
+                raise Refused(400, e) from e
             ms = 1000 * (time.perf_counter() - start)                        # without the queue for the lock
         said = {name: value for name, value in info.items() if isinstance(value, (str, int))}     # no arrays
         return {"actions": actions.tolist(), "infer_ms": round(ms, 3),
@@ -270,7 +262,7 @@ def create_app(model, unnorm_key=None, execute=None, token=None, checkpoint="", 
 
     def guard(request: Request):
         found = request.headers.get("authorization", "").encode()
-        if token and not hmac.compare_digest(found, f"Bearer {token}".encode()):
+        if token is not None and not hmac.compare_digest(found, f"Bearer {token}".encode()):
             raise Refused(401, "send the header Authorization: Bearer TOKEN (this server's --token).")
 
     @asynccontextmanager
@@ -278,7 +270,7 @@ def create_app(model, unnorm_key=None, execute=None, token=None, checkpoint="", 
         yield
         print(service.summary(), flush=True)
 
-    app = FastAPI(title="plainvla", lifespan=lifespan, openapi_url=None)
+    app = FastAPI(title="plainvla", lifespan=lifespan, openapi_url=None, redirect_slashes=False)
     app.state.service = service
 
     @app.post("/v1/act", dependencies=[Depends(guard)])
@@ -317,20 +309,17 @@ def create_app(model, unnorm_key=None, execute=None, token=None, checkpoint="", 
 def bind(host, port):
     """A socket that does not listen yet: a port in use is reported before minutes of loading."""
     try:
-        if not 0 <= port < 65536:            # getaddrinfo would take it modulo 65536
-            raise OverflowError("ports are 0 to 65535")
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, kind)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
         return sock
-    except (OSError, OverflowError) as e:
-        reason = getattr(e, "strerror", None) or e
-        raise ValueError(f"--host {host} --port {port}: {reason}; choose another.") from e
+    except OSError as e:
+        raise ValueError(f"--host {host} --port {port}: {e.strerror or e}; choose another.") from e
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     what = p.add_argument_group("what")
     what.add_argument("--ckpt", required=True, help="checkpoint folder, official release, or hub id")
     what.add_argument("--model", help="the method, a file name; default: what the checkpoint says it is")
@@ -338,14 +327,14 @@ def main():
     what.add_argument("--tokenizer", help="tokenizer folder or hub id, for checkpoints that do not carry one")
     what.add_argument("--unnorm-key", help="whose action statistics to use when a request does not say")
     how = p.add_argument_group("inference")
-    how.add_argument("--execute", type=int, help="answer single actions, so many per chunk (default: chunks)")
+    how.add_argument("--execute", type=within(1), help="answer single actions, so many per chunk, not chunks")
     how.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     how.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto",
                      help="bf16 halves the memory; auto: bf16 on CUDA, else what the checkpoint says")
     how.add_argument("--attn", default="auto", help="auto, flash, sdpa, eager")
     net = p.add_argument_group("network")
     net.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets the whole network in")
-    net.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one")
+    net.add_argument("--port", type=within(0, 65535), default=8000, help="port; 0 takes a free one")
     net.add_argument("--token", help="ask (except for /healthz) for the header Authorization: Bearer TOKEN")
     a = p.parse_args()
     try:
@@ -358,11 +347,9 @@ def main():
     if not ipaddress.ip_address(host).is_loopback:
         print(f"warning: listening at {host}: whoever reaches this machine can move the robot"
               f"{'.' if a.token else '; --token asks for a password.'}", file=sys.stderr, flush=True)
-    name, where = method_of(a.ckpt, a.model), device(a.device)
-    if name not in METHODS:                  # never import what a downloaded file names
-        raise ValueError(f"the method of {a.ckpt} is to be {name!r}; known are {', '.join(METHODS)}.")
+    method, where = find_method(a.ckpt, a.model), device(a.device)
     dtype = "bf16" if a.dtype == "auto" and where.type == "cuda" else a.dtype
-    model = importlib.import_module(name).from_pretrained(
+    model = method.from_pretrained(
         a.ckpt, preset=a.preset, tokenizer=a.tokenizer, attn=a.attn, device=where,
         dtype=None if dtype == "auto" else dtype)
     try:
@@ -370,6 +357,7 @@ def main():
     except Refused as e:
         raise ValueError(f"{a.ckpt} was loaded, but its first inference failed: {e}") from e
     print(" | ".join(f"{name} {value}" for name, value in app.state.service.info.items()))
+    sock.listen(128)                         # from here on, requests wait for the server to start
     print(f"serving on http://{f'[{host}]' if ':' in host else host}:{port} (ctrl-c stops)", flush=True)
     try:
         uvicorn.Server(uvicorn.Config(app, log_level="warning", limit_concurrency=32)).run(sockets=[sock])

@@ -18,14 +18,13 @@ OUT/step-000400/   a checkpoint folder (see common.py); with EMA its weights are
 OUT/last           link to the newest checkpoint
 OUT/metrics.jsonl  a line per status line, the same numbers
 """
-import argparse
 import contextlib
 import dataclasses
-import difflib
 import functools
 import gc
 import importlib
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -37,7 +36,7 @@ import textwrap
 import time
 from ast import literal_eval
 from datetime import timedelta
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -52,23 +51,19 @@ from tqdm import tqdm
 
 import common
 import data
+import eval_sim
+from common import METHODS, check_config, choose, within
 
 HERE = Path(__file__).resolve().parent
-METHODS = sorted(p.stem for p in HERE.glob("*.py") if "\nPRESETS = " in p.read_text(encoding="utf-8"))
 NEVER = 2**62                                                  # "no step": larger than any
 
 
 # ---- Flags ------------------------------------------------------------------------------------------------
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):                                  # one line, not the whole usage
-        raise ValueError(f"{message} (python train.py --help lists the flags)")
-
-
 def flags():
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = common.Parser(__doc__, prog="train.py")
     add = p.add_argument_group("what").add_argument
-    add("--model", help=f"the method, a file of this folder: {', '.join(METHODS)}")
+    add("--model", required=True, help=f"the method, a file of this folder: {', '.join(METHODS)}")
     add("--preset", default="tiny", help="a key of the method's PRESETS")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="other Config values")
     add("--init", help="weights to start from: folder, file, hub id, or none (default: the preset's)")
@@ -78,35 +73,35 @@ def flags():
 
     add = p.add_argument_group("data").add_argument
     add("--data", help="tabletop, tabletop:all, my_file.py:make_dataset (default: the preset's)")
-    add("--data-episodes", type=int, help="tabletop episodes to train on (default: data.py's)")
+    add("--data-episodes", type=within(1, 10**6), help="tabletop episodes to train on (default: data.py's)")
     add("--cache", help="folder for generated data (default ~/.cache/plainvla)")
-    add("--workers", type=int, help="loader processes per rank (default: 0 on a CPU, else up to 8)")
-    add("--val-every", type=int, default=500, help="steps between validations; 0: never")
-    add("--val-samples", type=int, default=256, help="held-out samples per validation, over all processes")
+    add("--workers", type=within(0), help="loader processes per rank (default: 0 on a CPU, else up to 8)")
+    add("--val-every", type=within(0), default=500, help="steps between validations; 0: never")
+    add("--val-samples", type=within(1), default=256, help="held-out samples per validation, over all ranks")
 
     add = p.add_argument_group("optimization").add_argument
-    add("--steps", type=int, help="optimizer steps (default: the preset's)")
-    add("--batch", type=int, help="samples per process and forward pass (default: the preset's)")
-    add("--global-batch", type=int, help="samples per step; gradients are accumulated to reach it")
-    add("--ema", type=float, help="decay of an averaged copy of the weights; 0: none (default: preset's)")
-    add("--seed", type=int, help="of first weights, order and draws (default: the preset's)")
+    add("--steps", type=within(1), help="optimizer steps (default: the preset's)")
+    add("--batch", type=within(1), help="samples per process and forward pass (default: the preset's)")
+    add("--global-batch", type=within(1), help="samples per step; gradients are accumulated to reach it")
+    add("--ema", type=within(0.0, 1.0), help="decay of averaged weights; 0: none (default: the preset's)")
+    add("--seed", type=within(0), help="of first weights, order and draws (default: the preset's)")
     add("--device", default="auto", help="auto, cpu, cuda, mps ...")
     add("--dtype", choices=("auto", "bf16", "fp32"), default="auto",
         help="of the arithmetic, weights stay fp32; auto: bf16 on CUDA, else fp32")
     add("--attn", choices=common.ATTENTION, default="auto", help="attention kernel")
     add("--shard", action="store_true", help="FSDP2: split weights and optimizer over the processes")
     add("--checkpointing", action="store_true", help="recompute blocks in the backward pass: less memory")
-    add("--lora", type=int, default=0, metavar="R",
+    add("--lora", type=within(0), default=0, metavar="R",
         help="train rank-R adapters of the language model, not its weights; all else as usual; saved merged")
     add("--compile", action="store_true", help="torch.compile, block by block")
 
     add = p.add_argument_group("output").add_argument
     add("--out", type=Path, help="folder of the run (default: runs/MODEL-PRESET)")
     add("--overwrite", action="store_true", help="replace the run that is in --out")
-    add("--save-every", type=int, default=500, help="steps between checkpoints; 0: only the last")
-    add("--keep", type=int, default=2, help="how many of the newest checkpoints stay; 0: all")
-    add("--log-every", type=int, default=20, help="steps between status lines")
-    add("--eval-episodes", type=int, help="closed-loop episodes at the end (default: tabletop 200)")
+    add("--save-every", type=within(0), default=500, help="steps between checkpoints; 0: only the last")
+    add("--keep", type=within(0), default=2, help="how many of the newest checkpoints stay; 0: all")
+    add("--log-every", type=within(1), default=20, help="steps between status lines")
+    add("--eval-episodes", type=within(0, 10**6), help="closed loop, at the end (default: tabletop 200)")
     add("--tensorboard", action="store_true", help="write TensorBoard events into --out")
     add("--wandb", metavar="PROJECT", help="log to this Weights & Biases project")
     return p
@@ -116,8 +111,6 @@ def parse(argv):
     """Flags -> (args, the method's module, its Config, the checkpoint to resume from or None)."""
     p, found = flags(), None
     args = p.parse_args(argv)
-    if not args.model:
-        raise ValueError(f"--model is missing: choose one of {', '.join(METHODS)}.")
     choose("--model: there is no method", args.model, METHODS)
     args.out = args.out or Path("runs") / f"{args.model}-{args.preset}"
     if args.resume:
@@ -126,8 +119,11 @@ def parse(argv):
         found = (checkpoints(args.out) or [None])[-1]
         kept = found / "training_state" / "run.json" if found else args.out / "run.json"
         if kept.is_file():                                     # flags given now override those of the run
-            p.set_defaults(**common.read_json(kept)["args"])
-            args = p.parse_args(argv, argparse.Namespace(out=args.out))
+            out, args = args.out, p.parse_args(remembered(p, kept) + (sys.argv[1:] if argv is None else argv))
+            args.out = out
+        elif any(path.name[0] != "." for path in args.out.iterdir()):
+            raise ValueError(f"--resume: there is no {kept}, so this is no run. Give another --out, or leave "
+                             "--resume away.")
     args.set = list({item.partition("=")[0]: item for item in args.set}.values())      # the last word on each
     module = importlib.import_module(args.model)
     cfg = configure(module, args)
@@ -136,23 +132,29 @@ def parse(argv):
         raise ValueError(f"--data is missing: {args.model} {args.preset} has no default data set.")
     tabletop = args.data.partition(":")[0] == data.NAME
     for name in ("eval_episodes", "cache", "data_episodes"):
-        if getattr(args, name) and not tabletop:
+        if getattr(args, name) and not tabletop and os.path.exists(args.data.partition(":")[0]):
             raise ValueError(f"--{name.replace('_', '-')} is for the tabletop; the data is {args.data}.")
     args.eval_episodes = 200 * tabletop if args.eval_episodes is None else args.eval_episodes
-    for name in ("log_every", "val_samples", "save_every", "val_every", "keep", "lora", "eval_episodes"):
-        low = int(name in ("log_every", "val_samples"))
-        if getattr(args, name) < low:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least {low}.")
+    for name in ("tensorboard", "wandb"):
+        if getattr(args, name) and importlib.util.find_spec(name) is None:
+            raise ValueError(f"--{name} needs it installed: pip install {name}.")
     if args.lora and cfg.ema:
         raise ValueError("--lora and --ema cannot be combined: no average of adapters is kept. Use --ema 0.")
     return args, module, cfg, found
 
 
-def choose(complaint, name, known):
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}."
-        raise ValueError(f"{complaint} {name!r}; {hint}")
+def remembered(parser, path):
+    """The flags of a run.json as a command line, which `parser` has checked."""
+    kept, words = common.read_json(path).get("args"), []
+    for name, value in (kept if isinstance(kept, dict) else {"args": str(kept)}).items():
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        if value not in (None, []) and value is not False:     # 0 is a value
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    try:
+        parser.parse_args(words)
+    except ValueError as e:
+        raise ValueError(f"--resume: {path} is damaged: {e}") from e
+    return words
 
 
 def configure(module, args):
@@ -172,9 +174,7 @@ def configure(module, args):
     if args.dtype != "auto" and "compute" in known:            # the method's own autocast follows
         changes["compute"] = args.dtype
     cfg = dataclasses.replace(cfg, **changes)
-    if cfg.steps < 1 or cfg.batch < 1 or not 0 <= cfg.ema < 1:
-        raise ValueError(f"steps={cfg.steps}, batch={cfg.batch}, ema={cfg.ema}: steps and batch are at least "
-                         "1, and 0 <= ema < 1.")
+    check_config({n: vars(cfg)[n] for n in ("steps", "batch", "ema")}, vars(type(cfg)), below={"ema": 1})
     return cfg
 
 
@@ -233,6 +233,8 @@ def build(module, cfg, args, tokenizer, stats, attn, found):
         model.fresh = ["everything"]
     else:
         values = {k: v for k, v in dataclasses.asdict(cfg).items() if k != "tokenizer"}
+        if "allow_fresh" in inspect.signature(module.from_pretrained).parameters:
+            values["allow_fresh"] = True                       # what the file lacks is about to be trained
         model = module.from_pretrained(init, tokenizer=tokenizer, attn=attn, **values)
         model.float()                                          # master weights, whatever the file held
         model.cfg, model.stats = cfg, stats
@@ -255,10 +257,10 @@ def load_part(model, path, option):
     """Copy a file's tensors into the model: each must fit; what is not in the file is `fresh`."""
     part, own = common.load_weights(path), model.state_dict()
     for name, value in part.items():
-        if name not in own or own[name].shape != value.shape:
+        if name not in own or own[name].shape != value.shape or not value.is_floating_point():
             has = f"has {tuple(own[name].shape)}" if name in own else "has no such weight"
-            raise ValueError(f"{option} {path}: {name} {tuple(value.shape)} does not fit, this model {has}. "
-                             "Use weights made for this preset, or --init none.")
+            raise ValueError(f"{option} {path}: {name} {value.dtype} {tuple(value.shape)} does not fit, this "
+                             f"model {has}. Use weights made for this preset, or --init none.")
         own[name].copy_(value)
     begun = {name.split(".")[0] for name in part}              # modules of which nothing came: by one name
     model.fresh = list({name if name.split(".")[0] in begun else name.split(".")[0]: None
@@ -429,31 +431,41 @@ def validate(wrapped, batches, device, precision):
 def claim(args, about):
     """Check that --out can hold this run, before any work is done. Replaces nothing."""
     out = args.out
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; a run needs a folder.")
+    eval_sim.claim(out)
+    if not (args.resume and (out / "run.json").is_file()):
+        put_back(out)
     used = out.is_dir() and any(p.name[0] != "." and p.name != "run.json" for p in out.iterdir())
     if used and not (args.resume or args.overwrite):
         raise ValueError(f"--out {out} is not empty. Continue that run with --resume, replace it with "
                          "--overwrite, or choose another --out.")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        common.write_json(out / (".probe.part" if used else "run.json"), about)
-    except OSError as e:
-        raise ValueError(f"--out {out} cannot be used: {e.strerror}.") from e
+    if not used:
+        common.write_json(out / "run.json", about)
+
+
+def put_back(out):
+    """Undo --overwrite if its run ended or was killed before it saved anything; else forget the old run."""
+    old = out / ".replaced"                                    # without a run.json beside it: half filled
+    if old.is_dir() and not ((out / "run.json").is_file() and checkpoints(out)):
+        (out / "run.json").unlink(missing_ok=True)
+        for path in sorted(old.iterdir(), key=lambda path: path.name == "run.json"):
+            os.replace(path, out / path.name)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def clean(args, step, about):
-    """Remove what a killed run left half-written, and log lines after `step`; --overwrite: the old run."""
+    """Remove what a kill left half-written, log lines after `step`; --overwrite: set the old run aside."""
     out, log = args.out, args.out / "metrics.jsonl"
-    for path in [*out.glob(".*.part"), *(checkpoints(out) if args.overwrite else ())]:
+    for path in out.glob(".*.part"):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    for name in ("last", "metrics.jsonl") if args.overwrite else ():
-        (out / name).unlink(missing_ok=True)
+    for path in (out / "run.json", out / "last", log, *checkpoints(out)) if args.overwrite else ():
+        (out / ".replaced").mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(path, out / ".replaced" / path.name)
     common.write_json(out / "run.json", about)
     settle(args)
     kept = []
-    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
-        with contextlib.suppress(ValueError):                  # a line that the kill cut in two
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else ():
+        with contextlib.suppress(ValueError, TypeError, KeyError):     # a line that the kill cut in two
             kept += [line + "\n"] if json.loads(line)["step"] <= step else []
     if log.is_file():
         common.atomic_write(log, lambda part: part.write_text("".join(kept), encoding="utf-8"))
@@ -463,7 +475,7 @@ def check_same_run(found, args, cfg):
     """Only a run with the same Config, data and global batch can go on; fewer or more steps are fine."""
     names = ("global_batch", "data", "lora")
     then = common.read_json(found / "training_state" / "run.json")["args"]
-    saved = common.load_config(found, args.model)["config"] | {name: then[name] for name in names}
+    saved = common.load_config(found, args.model)["config"] | {name: then.get(name) for name in names}
     now = json.loads(json.dumps(dataclasses.asdict(cfg))) | {name: getattr(args, name) for name in names}
     other = [f"{name}: {saved[name]!r} there, {now[name]!r} now" for name in now
              if name not in ("steps", "batch") and name in saved and saved[name] != now[name]]
@@ -473,9 +485,17 @@ def check_same_run(found, args, cfg):
 
 
 @torch.no_grad()
-def restore(found, optimizer, params, device, rank):
-    """Put back the optimizer, the draws, and weights of which model.safetensors holds something else."""
-    state = common.load_weights(found / "training_state" / "state.safetensors")
+def restore(found, optimizer, params, device, rank, weights):
+    """Put back the optimizer, the draws, and (`weights`) those that are not in model.safetensors."""
+    path = found / "training_state" / "state.safetensors"
+    state = common.load_weights(path)
+    want = {name: torch.get_rng_state() if name[:4] == "rng/" else x for name, x in state.items()
+            if "rng/" in name[:11]}
+    for name, p in params.items():
+        moments = {f"step/{name}": torch.zeros(()), f"exp_avg/{name}": p, f"exp_avg_sq/{name}": p}
+        want |= moments if moments.keys() & state.keys() else {}
+        want |= {f"weights/{name}": p} if weights else {}
+    common.check_fit(want, state, path)
     for name, p in params.items():
         for kind in ("step", "exp_avg", "exp_avg_sq"):         # none where there never was a gradient
             if f"{kind}/{name}" in state:
@@ -541,6 +561,7 @@ def write(args, step, model, weights, state, about):
         save_file(state, part / "training_state" / "state.safetensors")
         common.write_json(part / "training_state" / "run.json", about | {"step": step})
     settle(args)
+    put_back(args.out)                                         # the first one: what it replaces may go
 
 
 # ---- What is measured and printed -------------------------------------------------------------------------
@@ -590,9 +611,6 @@ class Log:
     """metrics.jsonl, and TensorBoard and wandb when asked for."""
 
     def __init__(self, args, cfg):
-        for name in ("tensorboard", "wandb"):
-            if getattr(args, name) and importlib.util.find_spec(name) is None:
-                raise ValueError(f"--{name} needs it installed: pip install {name}.")
         self.board = self.run = None
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -676,7 +694,6 @@ def dry_run(say, wrapped, model, item, trainable, device, precision, args, cfg, 
 
 def closed_loop(args, module, attn, device):
     """Let the checkpoint drive in the simulator: success per task, and a film."""
-    import eval_sim
     named = args.data.partition(":")[2]
     families = {"": eval_sim.DEFAULT_FAMILIES, "all": eval_sim.FAMILIES}.get(named, tuple(named.split(",")))
     model = module.from_pretrained(args.out / "last", attn=attn, device=device)
@@ -740,7 +757,7 @@ def run(cleanup, args, module, cfg, found):
     average = [local(p).detach().clone() for p in params.values()] if cfg.ema else []
     peak = measured_peak(device, dtype)
     torch.manual_seed(common.hash64(cfg.seed, rank))           # dropout differs between ranks
-    start = restore(found, optimizer, params, device, rank) if found else 0
+    start = restore(found, optimizer, params, device, rank, cfg.ema or args.lora) if found else 0
     workers = args.workers
     if workers is None:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -767,8 +784,9 @@ def run(cleanup, args, module, cfg, found):
         return dry_run(say, wrapped, model, next(batches), trainable, device, precision, args, cfg, world)
 
     # ---- ready to write
-    log = None
+    batches, log = chain([next(batches)], batches), None       # they can be read: now the old run may go
     if rank == 0:
+        cleanup.callback(put_back, args.out)
         clean(args, start, about)
         log = cleanup.enter_context(contextlib.closing(Log(args, cfg)))
     checks = held_out(val, args.val_samples, cfg.batch, prepare, collate, rank, world)

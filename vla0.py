@@ -114,7 +114,8 @@ class Config:
     repetition_penalty: float = 1.05  # of generation_config.json (Qwen2.5-VL-Instruct ships 1.05)
     temperature: float = 0.0         # 0: greedy, as in the LIBERO evaluation; the official server: 0.1
     draft: str = "previous"           # speculate with: previous (chunk) | none; the text is the same
-    redraft: str = "jacobi"           # after a wrong guess: jacobi (this pass' predictions) | align (keep)
+    redraft: str = "align"            # after a wrong guess: keep the rest, align (measured: 3.5 x fewer passes)
+    #                                   | jacobi: this pass' predictions (2.5 x; benchmarks/bench.py vla0 decode)
     window: int = 0                   # tokens read per pass; 0: the whole draft
     max_new_tokens: int = 1024        # official; with the grammar a chunk ends by itself
     # data and training
@@ -537,8 +538,8 @@ def prepare(sample, cfg, tokenizer, stats=None, key=None, train=False):
             if cfg.padding == "mask" and "loss_mask" in sample:
                 valid = np.asarray(sample["loss_mask"], bool)                       # (T,)
         elif max([int(number) for number in re.findall("[0-9]+", text)], default=0) > cfg.num_bins:
-            raise ValueError(f"the manifest's numbers go beyond num_bins={cfg.num_bins}: set num_bins to what "
-                             "it was made with.")
+            raise ValueError(f"the manifest's numbers go beyond num_bins={cfg.num_bins}: set num_bins to "
+                             "what it was made with.")
         rng = random.Random(hash64(random_key, 2)) if train else None
         ids, labels = label(prompt, text, cfg, rng, valid)
     positions, delta = rope_positions(ids, cfg, grid)
@@ -581,8 +582,7 @@ SYMBOLS = "0123456789 "
 def rms_norm(x, weight, eps=1e-6):
     """Qwen's: normalized in float32 (or wider), cast back, then weighed."""
     h = x.to(torch.promote_types(x.dtype, torch.float32))
-    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
-    return weight * h.to(x.dtype)
+    return weight * F.rms_norm(h, h.shape[-1:], None, eps).to(x.dtype)
 
 
 def effective(linear):
@@ -647,7 +647,7 @@ class Reader:
         A token sees all slots up to its own. Slots behind a row's committed tokens hold leftovers of rejected
         drafts: nobody sees them before they are written again.
         """
-        cfg, (B, K, D), M, hd = self.cfg, x.shape, cache.shape[-2], self.head_dim
+        cfg, (B, K, _), M, hd = self.cfg, x.shape, cache.shape[-2], self.head_dim
         Q, KV = cfg.llm_heads, cfg.llm_kv_heads
         G = Q // KV                                                                 # query heads per kv head
         cos, sin = self.rotary(positions)
@@ -756,7 +756,7 @@ class Writer:
         for i in range(cfg.digits):
             digit = self.text.gather(1, (before - i).clamp(min=0))
             value += torch.where(i < written, digit * 10 ** i, 0)
-        grown = value[..., None] * 10 + self.spots.new_tensor(range(10))            # (B, K, 10)
+        grown = value[..., None] * 10 + torch.arange(10, device=value.device)     # (B, K, 10)
         fresh = (written == 0)[..., None]
         digits = (grown <= cfg.num_bins) & (fresh | (value > 0)[..., None])
         digits &= (written < cfg.digits)[..., None]
@@ -782,6 +782,7 @@ class Writer:
         shift = torch.where(shorter, next_end.amin(1, keepdim=True) - last, torch.where(longer, -1, 0))
         shift = torch.where(self.done[:, None] | (self.spots <= last), 0, shift)    # (B, size)
         self.text = self.text.gather(1, (self.spots + shift).clamp(max=len(self.spots) - 1))
+        self.text.scatter_(1, last + 1, torch.where(shift[:, -1:] < 0, guess, self.text.gather(1, last + 1)))
         self.done |= (end < n) | (self.count + n >= self.limit)
         self.count += n
 

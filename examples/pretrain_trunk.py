@@ -10,6 +10,9 @@ gripper poses, things in the hand and on top of each other. It is asked two kind
 is ever shown to it:
 
   what is here?  at every patch, after the projector: colour, shape, where is the middle of this thing
+  which is it?   after each layer but the last: which patches show X (the last token's state against the
+                 patches). Without it, CogACT's went by the colour alone: after 13,000 steps X was off by
+                 3.3 cm in the mean (median 0.6); one in four was another thing of that colour
   where is it?   at the last token of a prompt that names things ("pick up the red cube", "find the plate"):
                  position of X, of Y, of the gripper; is X in the hand; which task is asked. A method that
                  writes (VLA-0) also answers in text: these nine coordinates as integers
@@ -17,7 +20,6 @@ is ever shown to it:
 The answering heads are linear, used here only, and thrown away. The error of the answers on unseen scenes
 [cm] is printed as it falls, and written with the time it took into the card beside the weights.
 """
-import argparse
 import json
 import multiprocessing
 import os
@@ -36,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cogact  # noqa: E402
 import eval_sim  # noqa: E402
 import vla0  # noqa: E402
-from common import atomic_write, cli, write_json  # noqa: E402
+from common import Parser, atomic_write, cli, load_weights, read_json, within, write_json  # noqa: E402
 from eval_sim import COLOURS, FAMILIES, MAX_GAP, PHRASES, REACH, SHAPES  # noqa: E402
 
 COLOUR_NAMES = (*COLOURS, "plate", "box", "gripper", "nothing")       # classes of a patch
@@ -180,9 +182,9 @@ class CogACT:
 
     @staticmethod
     def read(m, rows, index, see, grid):
-        """rows (B, N, D), index (N,) their places, see (N, N) bool -> last hidden states (B, N, D)."""
+        """rows (B, N, D), index (N,) their places, see (N, N) bool -> transformers' output, all states."""
         return m.llm_backbone.llm.model(inputs_embeds=rows, position_ids=index[None], use_cache=False,
-                                        attention_mask=see[None, None]).last_hidden_state
+                                        attention_mask=see[None, None], output_hidden_states=True)
 
     @staticmethod
     def question(cfg, tokenizer, text, answer):
@@ -217,7 +219,8 @@ class VLA0:
         row = [m.cfg.image_id if i in picture else 0 for i in range(int(index.max()) + 1)]
         positions = vla0.rope_positions(row, m.cfg, (grid, grid))[0][:, index]                     # (3, N)
         return m.model(inputs_embeds=rows, position_ids=positions[:, None].expand(-1, len(rows), -1),
-                       use_cache=False, attention_mask={"full_attention": see[None, None]}).last_hidden_state
+                       use_cache=False, attention_mask={"full_attention": see[None, None]},
+                       output_hidden_states=True)
 
     @staticmethod
     def question(cfg, tokenizer, text, answer):
@@ -250,10 +253,11 @@ class Asker(torch.nn.Module):
         self.patch_head = torch.nn.Linear(D, len(COLOUR_NAMES) + len(SHAPE_NAMES) + 5)
         self.answer_head = torch.nn.Linear(D, ANSWERS)
         self.task_head = torch.nn.Linear(D, 2 * len(TASKS))
+        self.point_heads = torch.nn.ModuleList(torch.nn.Linear(D, D) for _ in range(model.cfg.llm_depth - 1))
 
     def forward(self, batch):
         """images (B, 1, h, w, 3), before (s,), ids (B, Q, L), length (B, Q) -> answers (B, P, .), (B, Q, .),
-        (B, Q, .), and the hidden states (B, Q, L, D) of the questions' own tokens."""
+        (B, Q, .), the questions' own states (B, Q, L, D), and scores of the patches, a list of (B, Q, P)."""
         m, how, (B, Q, L) = self.model, self.how, batch["ids"].shape
         patches = how.look(m, batch["images"])                                          # (B, P, D)
         embed = how.embedding(m)
@@ -267,14 +271,18 @@ class Asker(torch.nn.Module):
         at = torch.cat([torch.arange(prefix), (prefix + torch.arange(L)).repeat(Q)])    # (N,)
         causal = torch.ones(len(who), len(who), dtype=torch.bool).tril()
         see = ((who[None] == who[:, None]) | (who[None] == 0)) & causal                 # (N, N)
-        hidden = how.read(m, rows, at, see, int(patches.shape[1] ** 0.5))               # (B, N, D)
-        own = hidden[:, prefix:].unflatten(1, (Q, L))                                   # (B, Q, L, D)
-        z = own.gather(2, (batch["length"] - 1)[..., None, None].expand(-1, -1, 1, own.shape[-1]))[:, :, 0]
-        return self.patch_head(patches), self.answer_head(z), self.task_head(z), own
+        out = how.read(m, rows, at, see, int(patches.shape[1] ** 0.5))
+        owns = [h[:, prefix:].unflatten(1, (Q, L))                                      # (B, Q, L, D) each
+                for h in (*out.hidden_states[1:-1], out.last_hidden_state)]
+        last = (batch["length"] - 1)[..., None, None].expand(-1, -1, 1, owns[0].shape[-1])
+        *early, z = (own.gather(2, last)[:, :, 0] for own in owns)                      # (B, Q, D) each
+        scores = [head(e) @ patches.transpose(1, 2) * e.shape[-1] ** -0.5
+                  for head, e in zip(self.point_heads, early)]
+        return self.patch_head(patches), self.answer_head(z), self.task_head(z), owns[-1], scores
 
     def loss(self, batch):
         """(scalar, logs): answers of the text, answers of the picture."""
-        dense, answer, task, own = self(batch)
+        dense, answer, task, own, scores = self(batch)
         C, S = len(COLOUR_NAMES), len(SHAPE_NAMES)
         colour, shape, where = dense.split([C, S, 5], -1)             # (B, P, .)
         what, thing = batch["what"], batch["what"][..., 0] < C - 1    # (B, P, 2), (B, P)
@@ -286,6 +294,12 @@ class Asker(torch.nn.Module):
                 "shape": F.cross_entropy(shape.flatten(0, 1), what[..., 1].flatten()),
                 "where": F.l1_loss(where[thing] * scale, batch["where"][thing] * scale)}
         total = logs["answer"] * 2 + 0.2 * logs["task"] + logs["colour"] + logs["shape"] + logs["where"]
+        off = batch["where"][:, None, :, 2:] - batch["answer"][:, :, None, COLUMNS["x"]]    # (B, Q, P, 3)
+        mine = (off.abs().amax(-1) < 1e-3) & thing[:, None]           # the patches that show X
+        seen = mine.any(-1)                                           # (B, Q)
+        found = [torch.logsumexp(s.log_softmax(-1).masked_fill(~mine, -torch.inf)[seen], -1) for s in scores]
+        logs["point"] = -torch.stack(found).mean()
+        total = total + 0.3 * logs["point"]
         targets = batch["targets"]                                    # (B, Q, L): the next token, -100: none
         if (targets >= 0).any():
             written = own[targets >= 0] @ self.how.embedding(self.model).weight.T
@@ -336,22 +350,18 @@ def localization(asker, scenes, ask=4, n=2000):
 
 def main():
     assets = Path(__file__).resolve().parent.parent / "assets"
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     p.add_argument("--model", choices=METHODS, default="cogact", help="whose tiny preset it is for")
-    p.add_argument("--steps", type=int, default=16_000, help="optimizer steps; the rate falls to 0")
-    p.add_argument("--scenes", type=int, default=100_000, help="random scenes, six questions each")
-    p.add_argument("--batch", type=int, default=32, help="pictures per step")
-    p.add_argument("--ask", type=int, default=4, help="questions per picture, at most 6")
-    p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate: 200 steps up, then a cosine")
-    p.add_argument("--seed", type=int, default=0, help="of weights and order")
+    p.add_argument("--steps", type=within(1), default=16_000, help="optimizer steps; the rate falls to 0")
+    p.add_argument("--scenes", type=within(1, HELD_OUT), default=100_000, help="each has six questions")
+    p.add_argument("--batch", type=within(1), default=32, help="pictures per step")
+    p.add_argument("--ask", type=within(1, 6), default=4, help="questions per picture, at most 6")
+    p.add_argument("--lr", type=within(1e-9, 1.0), default=1e-3, help="peak; 200 steps up, a cosine down")
+    p.add_argument("--seed", type=within(0), default=0, help="of weights and order")
+    p.add_argument("--init", type=Path, help="a trunk to go on from (its answering heads start anew)")
     p.add_argument("--out", type=Path, help="file to write (default: assets/MODEL_tiny_trunk.safetensors)")
     a = p.parse_args()
     a.out = a.out or assets / f"{a.model}_tiny_trunk.safetensors"
-    if not 1 <= a.ask <= 6:
-        raise ValueError(f"--ask {a.ask}: a scene has six questions, at least one is asked.")
-    if min(a.steps, a.batch) < 1 or not 1 <= a.scenes <= HELD_OUT:
-        raise ValueError(f"--steps {a.steps} --batch {a.batch} --scenes {a.scenes}: at least 1 each, at most "
-                         f"{HELD_OUT:,} scenes (the later ones measure the error).")
     if a.out.suffix != ".safetensors" or a.out.is_dir():
         raise ValueError(f"--out {a.out}: name a file that ends in .safetensors; its card ends in .json.")
     eval_sim.claim(a.out.parent)
@@ -359,7 +369,9 @@ def main():
     how = METHODS[a.model]
     cfg = how.method.PRESETS["tiny"]
     model = how.method.Model(cfg, how.method.load_tokenizer(cfg))
-    grid = cfg.image_size // cfg.patch_size
+    if a.init:
+        print(f"fresh: {len(model.load_state_dict(load_weights(a.init), strict=False).missing_keys)} tensors")
+    grid = cfg.image_size // cfg.patch_size // getattr(cfg, "merge_size", 1)
     held_out = make_scenes(2000, cfg.image_size, grid, HELD_OUT)
     scenes = make_scenes(a.scenes, cfg.image_size, grid)
     asker = Asker(model, how)
@@ -376,7 +388,10 @@ def main():
         loss, logs = asker.loss(batch)
         opt.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        if not torch.isfinite(loss.detach() + norm):
+            raise ValueError(f"the loss or its gradient is not finite at step {step}: lower --lr {a.lr}. "
+                             f"{a.out} is as it was at the last report above.")
         opt.step()
         if step % 5 == 0:                                             # a running mean, for the bar
             mean = {k: 0.98 * mean.get(k, float(v)) + 0.02 * float(v) for k, v in logs.items()}
@@ -397,7 +412,8 @@ def save(asker, a, step, seconds, report):
     command = " ".join(f"--{name} {getattr(a, name)}" for name in names)
     machine = platform.processor() or platform.machine()
     write_json(a.out.with_suffix(".json"), {
-        "made_by": f"python examples/pretrain_trunk.py {command}",
+        "made_by": f"python examples/pretrain_trunk.py {command}" + f" --init {a.init}" * bool(a.init),
+        "went_on_from": read_json(a.init.with_suffix(".json")) if a.init else None,
         "steps": step, "pictures": step * a.batch, "questions": a.ask * step * a.batch,
         "minutes": round(seconds / 60, 1),
         "hardware": f"{machine}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",

@@ -34,6 +34,14 @@ def train(tmp_path):
     return call
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "toy.py").write_text(TOY)
+    assert forks.shared()(f"{BASE} --out out --steps 2 --set {SMALL}", cwd=folder).rc == 0
+    return folder / "out"
+
+
 def refused(done, *words):
     """Exit code 2, one line on stderr after the progress bars, and it says these words."""
     lines = [line for line in re.split(r"[\r\n]+", done.err) if line.strip() and not re.search(r"%\|", line)]
@@ -47,7 +55,7 @@ def refused(done, *words):
 # ---- train.py: flags --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, words", [
-    ("train.py", ["--model is missing", "cogact"]),
+    ("train.py", ["are required: --model"]),
     ("train.py --model cogat", ["--model", "cogat", "did you mean 'cogact'"]),
     ("train.py --model common", ["--model", "common", "cogact"]),
     ("--preset bas", ["--preset", "bas", "did you mean 'base'"]),
@@ -60,20 +68,31 @@ def refused(done, *words):
     ("--attn fast", ["--attn", "fast", "sdpa"]),
     ("--attn flash", ["flash", "--attn auto"]),
     ("--device cuda:0", ["cuda"]),
-    ("--steps 0", ["steps=0"]),
+    ("--steps 0", ["--steps: 0 is not in 1 .. "]),
+    ("--workers -1", ["--workers: -1"]),
+    ("--data-episodes 0", ["--data-episodes: 0"]),
+    ("--eval-episodes 2000000", ["--eval-episodes: 2000000 is not in 0 .. 1000000"]),
+    ("--global-batch -8", ["--global-batch: -8"]),
+    ("--seed 9223372036854775808", ["--seed: 9223372036854775808"]),
+    ("--out=", ["'--out=' cannot be used"]),
+    ("--device meta", ["--device 'meta' cannot"]),
+    ("--wandb x", ["pip install wandb"]),
     ("--steps many", ["--steps", "many"]),
-    ("--ema 1.5", ["ema=1.5"]),
+    ("--ema 1.5", ["--ema: 1.5 is not in 0.0 .. 1.0"]),
+    ("--ema 1", ["ema=1.0"]),
     ("--global-batch 7", ["--global-batch 7", "8"]),
-    ("--log-every 0", ["--log-every 0"]),
+    ("--log-every 0", ["--log-every: 0"]),
     ("--eval-episodes 5", ["--eval-episodes", "tabletop"]),
     ("--cache here", ["--cache"]),
     ("--lora 4 --ema 0.9", ["--lora", "--ema"]),
     ("--data nowhere", ["--data nowhere"]),
+    ("--data tabletp --eval-episodes 5", ["--data tabletp", "Give tabletop"]),
     ("--data nowhere.py:make", ["nowhere.py"]),
     ("--data toy.py:mke", ["mke", "did you mean 'make'"]),
     ("--init nowhere.safetensors", ["nowhere.safetensors"]),
-    ("--init nowhere", ["nowhere"]),
+    ("--init nowhere", ["checkpoint nowhere: no such"]),
     ("--resume", ["--resume", "out"]),
+    ("--resume --out .", ["--resume: there is no run.json"]),
     ("--out toy.py", ["--out toy.py", "is a file"]),
     ("--out toy.py/run", ["toy.py/run"]),
     ("--out /dev/null/run", ["/dev/null/run"]),
@@ -106,8 +125,40 @@ def test_train_keeps_a_run_that_is_there(train, tmp_path):
     refused(train(f"--resume --set {other}"), "another one", "horizon: 4 there, 3 now")
     refused(train(f"--resume --batch 4 --global-batch 4 --set {SMALL}"), "global_batch")
     assert load_file(tmp_path / "out" / "last" / "model.safetensors")
+    def files():
+        return {p: p.is_file() and p.read_bytes() for p in (tmp_path / "out").rglob("*")}
+    before, huge = files(), SMALL.replace("lr=0.01", "lr=1e30")    # --overwrite loses nothing before it saves
+    for flags in (f"--set {huge}", f"--data toy.py:mke --set {SMALL}", f"--workers -1 --set {SMALL}"):
+        refused(train(f"--overwrite {flags}"))
+        assert files() == before
+    for k in range(1, 24):                                         # killed anywhere: all old, or resumable
+        done = train(f"--overwrite --steps 1 --set {SMALL}", kill_at=k)
+        assert done.rc in (0, -9), done.err
+        there = [*(tmp_path / "out" / ".replaced").glob("step-*"), *(tmp_path / "out").glob("step-*")]
+        assert there and all((p / "training_state" / "run.json").is_file() for p in there)
     assert train(f"--overwrite --steps 1 --set {SMALL}").rc == 0
     assert [p.name for p in (tmp_path / "out").glob("step-*")] == ["step-000001"]
+    assert not [p for p in (tmp_path / "out").iterdir() if p.name[0] == "."]
+
+
+@pytest.mark.parametrize("file, spoil, word", [
+    ("training_state/run.json", lambda d: b"[1]", "not an object"),
+    ("training_state/run.json", lambda d: b'{"args": null}', "run.json is damaged"),
+    ("training_state/run.json", lambda d: d.replace(b'"keep": 2', b'"keep": "x"'), "--keep"),
+    ("training_state/run.json", lambda d: d.replace(b'"lora": 0', b'"loar": 0'), "--loar"),
+    ("training_state/state.safetensors", lambda d: d.replace(b"avg_sq/", b"avg_xx/"), "missing, e.g. exp_"),
+    ("training_state/state.safetensors", lambda d: d.replace(b'"F32","shape":[32,', b'"I32","shape":[32,'),
+     "of another kind"),
+    ("config.json", lambda d: d.replace(b'"width": 32', b'"width": "big"'), "width"),
+    ("../metrics.jsonl", lambda d: b'[]\n{"step": "x"}\n\xff\xfe\n' + d, ""),
+])
+def test_train_resumes_from_no_damaged_file(train, trained, tmp_path, file, spoil, word):
+    shutil.copytree(trained, tmp_path / "out", symlinks=True)
+    path = tmp_path / "out" / "last" / file
+    path = path if path.is_file() else tmp_path / "out" / "metrics.jsonl"
+    path.write_bytes(spoil(path.read_bytes()))
+    done = train(f"--resume --steps 3 --set {SMALL}")
+    assert done.rc == 0 if not word else refused(done, word), done.err
 
 
 def test_train_refuses_torn_and_foreign_checkpoints(train, tmp_path):

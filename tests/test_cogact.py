@@ -1,5 +1,7 @@
 """cogact.py: recordings of the official code, invariants, checkpoints, what a user can get wrong."""
+import ast
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -565,7 +567,7 @@ def test_casting_once_equals_autocast():
 def test_files_of_any_type_load_as_float32(tmp_path, layout, dtype):
     """A bf16 file: float32 again, or with dtype="bf16" the VLM's matrices in bf16; the DiT never."""
     model = make().bfloat16()
-    options = {"tokenizer": "tiny", "space_id": 3, "pad_id": 4, **HEADS} if layout == "official" else {}
+    options = {"tokenizer": "tiny", **HEADS} if layout == "official" else {}
     path = official(tmp_path, model) if layout == "official" else tmp_path
     if layout == "ours":
         model.save_pretrained(path)
@@ -976,8 +978,8 @@ def test_export_leaves_the_model_as_it_is(tmp_path):
     assert {t.dtype for t in written.values()} == {torch.float32}
 
 
-HEADS = dict(dino_heads=2, siglip_heads=2, llm_heads=4, heads=2)
 TINY_IDS = dict(space_id=3, pad_id=4)
+HEADS = dict(dino_heads=2, siglip_heads=2, llm_heads=4, heads=2, **TINY_IDS)
 
 
 def official(tmp_path, model, drop=(), rename=lambda name: name, name="x.pt"):
@@ -989,8 +991,10 @@ def official(tmp_path, model, drop=(), rename=lambda name: name, name="x.pt"):
 def test_openvla_checkpoint_starts_with_a_fresh_head(tmp_path, capsys):
     model = make()
     path = official(tmp_path, model, drop=("action_model",))
-    again = from_pretrained(path, tokenizer="tiny", preset="small", dino_heads=2, siglip_heads=2, llm_heads=4,
-                            space_id=3, pad_id=4)
+    how = {name: n for name, n in HEADS.items() if name != "heads"} | {"tokenizer": "tiny"}
+    with pytest.raises(ValueError, match="no action_model: it cannot act"):                # but only to train
+        from_pretrained(path, **how)
+    again = from_pretrained(path, preset="small", allow_fresh=True, **how)
     warning = capsys.readouterr().err
     assert warning.startswith("warning: ") and len(warning.splitlines()) == 1 and "fresh" in warning
     assert again.fresh == ["action_model"] and again.cfg.width == PRESETS["small"].width
@@ -998,12 +1002,16 @@ def test_openvla_checkpoint_starts_with_a_fresh_head(tmp_path, capsys):
     assert torch.equal(z, model(batch_of(model)))
     assert again.action_model.net(torch.randn(3, 16, A), torch.tensor([1, 50, 99]), z).abs().max() == 0
     with pytest.raises(ValueError, match="no preset 'smal'; did you mean 'small'"):
-        from_pretrained(path, tokenizer="tiny", preset="smal", dino_heads=2, siglip_heads=2, llm_heads=4)
+        from_pretrained(path, preset="smal", **how)
+
+
+def test_whole_numbers_do_for_floats():
+    assert Config(lr=0, weight_decay=0, betas=[0, 0.9]).betas == (0, 0.9)
 
 
 def test_official_sizes_are_read_from_shapes(tmp_path):
     path = official(tmp_path, make(tiny(depth=3, horizon=5)))
-    model = from_pretrained(path, tokenizer="tiny", space_id=3, pad_id=4, **HEADS)
+    model = from_pretrained(path, tokenizer="tiny", **HEADS)
     cfg = model.cfg
     assert (cfg.depth, cfg.horizon, cfg.image_size, cfg.vocab, cfg.siglip_mlp) == (3, 5, 32, 512, 64)
     assert (cfg.lr, cfg.repeated_diffusion_steps, cfg.augment) == (2e-5, 8, True)
@@ -1029,14 +1037,15 @@ def test_config_json_names_the_head_in_either_spelling(tmp_path, key):
     path = official(tmp_path, make(), drop=("action_model",))
     (tmp_path / "config.json").write_text(json.dumps({"vla": {key: "DiT-L"}}))
     with torch.device("cpu"):
-        cfg, _, _, preset = cogact.read_official(path, None, dict(dino_heads=2, siglip_heads=2, llm_heads=4))
+        cfg, _, _, preset = cogact.read_official(path, None, dict(dino_heads=2, siglip_heads=2, llm_heads=4,
+                                                                  **TINY_IDS))
     assert (preset, cfg.width, cfg.depth, cfg.heads) == ("large", 1024, 24, 16)
 
 
 @pytest.mark.parametrize("content, words", [
-    ('{"plainvla": {"horison": 3}}', "did you mean 'horizon'"), ('["method"]', "is not the config"),
-    ("3", "is not the config"), ('{"vla": "x"}', "is not the config"),
-    ('{"plainvla": []}', "is not the config")])
+    ('{"plainvla": {"horison": 3}}', "did you mean 'horizon'"), ('["method"]', "not an object"),
+    ("null", "not an object"), ('{"vla": "x"}', "is not the config"), ("[" * 9999, "recursion"),
+    ('{"plainvla": []}', "is not the config"), ('{"plainvla": {"depth": "3"}}', "depth='3': a value like")])
 def test_bad_official_config_is_one_clear_line(tmp_path, content, words):
     path = official(tmp_path, make())
     (tmp_path / "config.json").write_text(content)
@@ -1076,8 +1085,13 @@ def spoil(folder, how):
     if how == "newer":
         config.write_text(json.dumps(json.loads(config.read_text()) | {"version": 99}))
         return "version 99"
+    saved = json.loads(config.read_text())
+    field, _, value = how.partition(" ")
+    if field in saved["config"] or field == "version":
+        (saved if field == "version" else saved["config"])[field] = ast.literal_eval(value)
+        config.write_text(json.dumps(saved))
+        return field
     if how == "unknown field":
-        saved = json.loads(config.read_text())
         saved["config"]["horison"] = 3
         config.write_text(json.dumps(saved))
         return "did you mean 'horizon'"
@@ -1089,13 +1103,16 @@ def spoil(folder, how):
         del state[name]
     elif how == "parameter of another shape":
         state[name] = state[name][:3].clone()
+    elif how == "parameter of whole numbers":
+        state[name] = state[name].char()
     save_file(state, weights)
     return name
 
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "missing", "other method", "torn config", "newer",
                                  "unknown field", "parameter missing", "parameter of another shape",
-                                 "head missing"])
+                                 "parameter of whole numbers", "head missing", "version 'one'", "views None",
+                                 "width 'big'", "betas [0.9]", "heads 0"])
 def test_bad_checkpoint_is_one_clear_line(tmp_path, how):
     make().save_pretrained(tmp_path / "ck")
     words = spoil(tmp_path / "ck", how)
@@ -1107,7 +1124,7 @@ def test_bad_checkpoint_is_one_clear_line(tmp_path, how):
 def test_bad_official_file_is_one_clear_line(tmp_path):
     model = make()
     path = official(tmp_path, model)
-    data = path.read_bytes()
+    data, whole = path.read_bytes(), torch.load(path, weights_only=True)["model"]
     for content, words in ((data[:len(data) // 2], "torn"), (b"hello", "torn"), (b"", "torn")):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=words) as caught:
@@ -1117,7 +1134,11 @@ def test_bad_official_file_is_one_clear_line(tmp_path):
                            ({"model": {"vision_backbone": {}}}, r"holds \['vision_backbone'\]"),
                            ({"model": {"projector": {}, "llm_backbone": {}}},
                             r"missing or unknown: \['vision_backbone'\].*openvla-7b-prismatic"),
-                           ({"model": {m: {} for m in cogact.MODULES}}, "is missing; give a released")):
+                           ({"model": dict.fromkeys(cogact.MODULES)}, r"unknown: \['action_model', 'llm_"),
+                           ({"model": {m: {} for m in cogact.MODULES}}, "is missing, or no.*give a released"),
+                           ({"model": {m: {n: [] for n in data} for m, data in whole.items()}}, "no matrix"),
+                           ({"model": whole | {"projector": {n: None for n in whole["projector"]}}},
+                            "of another kind, e.g. projector.projector.0.weight .*NoneType.* instead of")):
         torch.save(content, path)
         with pytest.raises(ValueError, match=words):
             from_pretrained(path, tokenizer="tiny", **HEADS)
@@ -1193,6 +1214,13 @@ def test_unknown_unnorm_key_names_the_known_ones():
     (lambda: Config(ensemble_horizon=17), "ensemble_horizon=17"),
     (lambda: Config(ensemble_horizon=0), "ensemble_horizon=0"),
     (lambda: Config(padding="zero"), "padding='zero'"),
+    *((lambda change=change: Config(**change), next(iter(change))) for change in (
+        {"patch_size": 0}, {"patch_size": -8}, {"image_size": 0}, {"depth": 0}, {"num_train_steps": 0},
+        {"width": -96}, {"betas": (0.9,)}, {"betas": (0.9, 1.0)}, {"betas": 0.9}, {"pad_id": 32064},
+        {"lr": -1}, {"lr": math.inf}, {"eps": math.nan}, {"seed": 2**63}, {"grad_clip": -1.0}, {"warmup": -1},
+        {"weight_decay": -0.1}, {"condition_dropout": 2.0}, {"ema": 1.0}, {"frequencies": 3}, {"steps": 0},
+        {"width": "big"}, {"views": None}, {"views": (3,)}, {"augment": 1}, {"horizon": True}, {"batch": 1.5},
+        {"init": None})),
     (lambda: cogact.configure(Config(), horison=8), "'horizon'"),
     (lambda: Model(tiny(sample_steps=11)), r"evenly over 100; choose one of \[1, 2, .*50, 100\]"),
     (lambda: cogact.ddim_timesteps(4, 3), r"evenly over 4; choose one of \[1, 2, 4\]"),

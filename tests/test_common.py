@@ -41,6 +41,10 @@ def test_ranks_come_from_the_launcher(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert common.rank_info() == (5, 1, 8)
+    for wrong in ("0", "-1", "two", "5"):
+        monkeypatch.setenv("WORLD_SIZE", wrong)
+        with pytest.raises(ValueError, match=f"are 5, 1, {wrong}: unset"):
+            common.rank_info()
 
 
 def test_keyed_draws_depend_on_the_key_only():
@@ -191,17 +195,25 @@ def test_normalization_errors():
         unnormalize(np.zeros((2, 4)), stats)
     with pytest.raises(ValueError, match="choose q99, minmax or meanstd"):
         normalize(np.zeros((2, 3)), stats, "q95")
+    for lacking in ("q01", "min"):
+        with pytest.raises(ValueError, match=f"the statistics have no {lacking}, only"):
+            normalize(np.zeros((2, 3)), {name: x for name, x in stats.items() if name != lacking})
 
 
 def test_pick_stats():
-    one, two = {"a": {"action": 1}}, {"a": {"action": 1}, "b": {"action": 2}}
-    assert common.pick_stats(one) == 1 and common.pick_stats(two, "b") == 2
+    a, b = {"q01": [0.0], "q99": [1.0], "mask": [True]}, {"min": [1.0], "extra": "x"}
+    one, two = {"a": {"action": a}}, {"a": {"action": a}, "b": {"action": b}}
+    assert common.pick_stats(one) == a and common.pick_stats(two, "b") == b
     with pytest.raises(ValueError, match=r"unnorm_key='c'.*\['a', 'b'\]"):
         common.pick_stats(two, "c")
     with pytest.raises(ValueError, match="no unnorm_key was given"):
         common.pick_stats(two)
     with pytest.raises(ValueError, match="no dataset statistics"):
         common.pick_stats({})
+    for wrong in ({}, None, [1], {"action": {}}, {"action": 3}, {"action": a | {"q99": [1.0, 2.0]}},
+                  {"action": a | {"mask": []}}, {"action": a | {"q01": [np.nan]}}, {"action": {"q01": 3}}):
+        with pytest.raises(ValueError, match="dataset_statistics.json, 'x': no action statistics"):
+            common.pick_stats({"x": wrong})
 
 
 # ---- Quantizers and ensembles -----------------------------------------------------------------------------
@@ -309,10 +321,9 @@ def test_killed_while_saving_leaves_no_half_checkpoint(tmp_path):
 
 def test_output_folder_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="is a file, a checkpoint is a folder"):
-        common.save_folder(tmp_path / "file", "cogact", "tiny", {}, {"x": torch.zeros(1)})
-    with pytest.raises(OSError, match="cannot write"):
-        common.save_folder(tmp_path / "file" / "deeper", "cogact", "tiny", {}, {"x": torch.zeros(1)})
+    for folder in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        with pytest.raises(OSError, match="cannot write"):
+            common.save_folder(folder, "cogact", "tiny", {}, {"x": torch.zeros(1)})
 
 
 def test_checkpoint_folder_round_trip(tmp_path):
@@ -333,7 +344,10 @@ def test_wrong_config_is_one_clear_line(tmp_path):
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match="cannot read .*config.json"):
         common.load_config(tmp_path)
-    for text, words in (("{", "cannot read"), ("[]", "not the config"), ('{"method": "x"}', "not the config"),
+    for text, words in (("{", "cannot read"), ("[]", "not an object"), ('{"method": "x"}', "not the config"),
+                        ("null", "not an object"), ("\0", "cannot read.*Copy it again"),
+                        ('{"method": "cogact", "config": {}, "version": null}', "version is None"),
+                        ('{"method": ["cogact"], "config": {}}', "method is"),
                         ('{"method": "a0", "config": {}}', "checkpoint of 'a0', 'cogact' was asked for"),
                         ('{"method": "cogact", "config": {}, "version": 99}', "version 99")):
         write(text)
@@ -389,9 +403,12 @@ def test_method_of(tmp_path):
 def test_resolve_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     assert common.resolve(tmp_path, []) == tmp_path
+    common.write_json(tmp_path / "run" / "last" / "config.json", {})
+    with pytest.raises(ValueError, match="is a whole run; give its newest checkpoint: .*run/last"):
+        common.resolve(tmp_path / "run", [])
     with pytest.raises(ValueError, match="--init some/where/else: no such file"):
         common.resolve("some/where/else", [], "--init")
-    with pytest.raises(ValueError, match="--ckpt nobody/nothing: not a local path.*offline"):
+    with pytest.raises(ValueError, match="checkpoint nobody/nothing: not a local path.*offline"):
         common.resolve("nobody/nothing", ["*.json"])
 
 
@@ -406,6 +423,7 @@ def test_cli_turns_user_errors_into_one_line(capsys, monkeypatch):
         assert caught.value.code == 2
         return capsys.readouterr().err
     assert fails(ValueError("bad\nvalue")) == "error: bad value\n"
+    assert fails(ValueError("'x..' in .. : no.. Use y..")) == "error: 'x..' in .. : no. Use y.\n"
     missing = FileNotFoundError(2, "No such file", "x.json")
     assert fails(missing) == "error: [Errno 2] No such file: 'x.json'\n"
     monkeypatch.setenv("PLAINVLA_TRACEBACK", "1")

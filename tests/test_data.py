@@ -114,7 +114,7 @@ def test_statistics_are_of_every_label_and_leave_the_gripper(small):
     assert np.allclose(stats["action"]["q99"], np.quantile(labels, 0.99, axis=0))
     assert stats["action"]["mask"] == [True] * 6 + [False]
     assert (stats["num_transitions"], stats["num_trajectories"]) == (len(labels), 5)
-    assert data.dataset_statistics(small) is small.stats
+    assert data.dataset_statistics(small) == small.stats
 
 
 def test_bytes_do_not_depend_on_the_number_of_workers(tmp_path):
@@ -170,13 +170,21 @@ def test_second_process_waits_for_the_first_and_generates_nothing(tmp_path):
     assert sum("generating" in err for _, err in outputs) == 1
 
 
-@pytest.mark.parametrize("tear", ["cut", "empty", "header", "other", "manifest"])
+MANIFESTS = {"half": b'{"made_from": {', "list": b"[]", "null": b"null", "no_views": b'"made_from": {}',
+             "shards": b'"shards": []', "numbers": b'"shards": [1]', "stats": b'"stats": {"tabletop": {}}'}
+
+
+@pytest.mark.parametrize("tear", ["cut", "empty", "header", "other", *MANIFESTS])
 def test_torn_file_is_named_and_made_again_when_deleted(tmp_path, tear):
     folder = data.tabletop(episodes=3, cache=tmp_path, **SMALL).folder
     before = contents(folder)
-    path = folder / ("manifest.json" if tear == "manifest" else "shard-00001.safetensors")
+    path = folder / ("manifest.json" if tear in MANIFESTS else "shard-00001.safetensors")
+    field, _, value = MANIFESTS.get(tear, b"").partition(b": ")
+    whole = json.loads(before["manifest.json"])
+    if value and tear != "half":
+        MANIFESTS[tear] = json.dumps(whole | {json.loads(field): json.loads(value)}).encode()
     path.write_bytes({"cut": before[path.name][:-7], "empty": b"", "header": b"\xff" * 9999,
-                      "other": before["shard-00000.safetensors"], "manifest": b'{"made_from": {'}[tear])
+                      "other": before["shard-00000.safetensors"], **MANIFESTS}[tear])
     with pytest.raises(ValueError, match=f"{path.name} is torn or changed") as error:
         data.tabletop(episodes=3, cache=tmp_path, **SMALL)
     assert len(str(error.value).splitlines()) == 1
@@ -230,6 +238,11 @@ BAD = {
     "waypoints": (sample(waypoints=zeros(2, 5)), r"'waypoints' .*wanted float32 \(5, 2\)"),
     "history": (sample(history_images={"third": zeros(6, 8, 3)}), r"history_images\['third'\]"),
     "not_a_dict": ([1, 2], "wanted a dict"),
+    "one_pixel": (sample(images={"third": zeros(1, 1, 3, dtype=np.uint8)}), r"is uint8 \(1, 1, 3\), wanted"),
+    "view_is_a_number": (sample(images={"third": 0, 3: None}), "'images' must be a dict"),
+    "half_a_surrogate": (sample(instruction="pick \ud800"), "not empty, found 'pick .ud800'"),
+    "nothing_counts": (sample(loss_mask=np.zeros(4, bool)), "'loss_mask' is False everywhere"),
+    "keys_of_two_types": ({3: 1, "a": 2}, "no 'images'; it has"),
 }
 
 
@@ -263,6 +276,36 @@ def empty():
     return []
 def number():
     return 3
+def two_arguments(a, b):
+    return []
+def leaves():
+    raise SystemExit("no data\\nhere")
+class Rows(list):
+    def __getitem__(self, i):
+        return [one, lambda i, T: {}["front"]][i == 3](i, 4)
+def third_is_missing():
+    return Rows(range(5))
+class NoLength(Rows):
+    def __len__(self):
+        raise RuntimeError("no length")
+def no_length():
+    return NoLength()
+def stops():
+    yield one(0, 8)
+    next(iter([]))
+def with_stats(stats):
+    rows = Rows(range(3))
+    rows.stats = stats
+    return rows
+limits = {k: np.ones(3, np.float32) for k in ("mean", "std", "min", "max", "q01", "q99", "mask")}
+def arrays():
+    return with_stats({"mine": {"action": limits, "num_transitions": np.int64(3)}})
+def short():
+    return with_stats({"mine": {"action": limits | {"mask": [True]}}})
+def three():
+    return with_stats(3)
+def empty_stats():
+    return with_stats({"mine": {}})
 """
 
 
@@ -291,6 +334,8 @@ def test_users_file_without_split_has_no_validation_set(user_file):
     ("{}:as_lits", "did you mean 'as_list'"), ("{}:empty", "empty dataset"), ("{}:number", "returned int"),
     ("nowhere.py:make", "there is no file nowhere.py"), (str(ROOT), "found a folder. Give tabletop"),
     ("imagenet", "found nothing there"), ("tabletop:pick,juggle", "juggle"), ("tabletop:pick,", "families"),
+    ("{}:two_arguments", "two_arguments: TypeError: .*missing 2"), ("{}:leaves", ":leaves: SystemExit: no"),
+    ("{}:no_length", r"no_length, len\(\): RuntimeError: no length"),
 ])
 def test_wrong_data_argument_says_what_is_wanted(user_file, tmp_path, spec, message):
     with pytest.raises(ValueError, match=message) as error:
@@ -298,12 +343,36 @@ def test_wrong_data_argument_says_what_is_wanted(user_file, tmp_path, spec, mess
     assert len(str(error.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("text, message", [
+    ("def f(:", "SyntaxError"), ("import nowhere", "ModuleNotFoundError"), ("1 / 0", "ZeroDivisionError"),
+    ("raise SystemExit", "SystemExit")])
+def test_file_that_cannot_be_imported_is_one_line(tmp_path, text, message):
+    (tmp_path / "broken.py").write_text(text)
+    with pytest.raises(ValueError, match=f"broken.py: {message}"):
+        data.open_dataset(f"{tmp_path}/broken.py:make")
+
+
+def test_statistics_of_a_user_are_checked_and_become_lists(user_file):
+    stats = data.dataset_statistics(data.open_dataset(f"{user_file}:arrays", horizon=4))
+    assert stats["mine"]["action"]["mask"] == [1] * 3 and stats["mine"]["num_transitions"] == 3
+    for name in ("short", "three", "empty_stats"):
+        with pytest.raises(ValueError, match=f":{name}, stats: no action statistics"):
+            data.dataset_statistics(data.open_dataset(f"{user_file}:{name}", horizon=4))
+
+
+def test_generator_that_breaks_off_names_the_sample(user_file):
+    with pytest.raises(ValueError, match=":stops, sample 1: RuntimeError: generator raised StopIteration"):
+        list(data.open_dataset(f"{user_file}:stops"))
+
+
 @pytest.mark.parametrize("workers", [0, 1])
-def test_bad_sample_met_later_is_one_line_also_from_a_worker(user_file, workers):
-    dataset = data.open_dataset(f"{user_file}:third_is_bad", horizon=4)
+@pytest.mark.parametrize("name, message", [("third_is_bad", r"'actions' is float32 \(5, 3\)"),
+                                           ("third_is_missing", "KeyError: 'front'")])
+def test_bad_sample_met_later_is_one_line_also_from_a_worker(user_file, workers, name, message):
+    dataset = data.open_dataset(f"{user_file}:{name}", horizon=4)
     batches = data.loader(dataset, keep, indices, batch=1, shuffle=False, workers=workers)
     assert [next(batches)[0] for _ in range(3)] == [[0], [1], [2]]
-    with pytest.raises(ValueError, match=r"third_is_bad, sample 3: 'actions' is float32 \(5, 3\)") as error:
+    with pytest.raises(ValueError, match=f"{name}, sample 3: {message}") as error:
         next(batches)
     assert len(str(error.value).splitlines()) == 1
 

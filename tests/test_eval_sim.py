@@ -302,7 +302,7 @@ class Policy:
 
 class Skyward:
     cfg = SimpleNamespace(views=("third", "wrist"), image_size=24, execute=3, horizon=4)
-    stats, device = {"tabletop": {"action": {}}}, "cpu"
+    stats, device = {"tabletop": {"action": {"min": [0]}}}, "cpu"
 
     def __init__(self):
         self.asked = []
@@ -400,9 +400,10 @@ def ckpt(*flags):
 
 @pytest.mark.parametrize("argv, message", [
     (["--control", "expert", "--families", "fly"], "'fly': the tabletop knows pick, put"),
-    (["--control", "expert", "--families", ""], "'': the tabletop knows"),
-    (["--control", "expert", "--episodes", "0"], "--episodes 0.*1 to 1,000,000"),
-    (["--control", "expert", "--batch", "0"], "--batch 0"),
+    (["--control", "expert", "--families", ""], "--families '' cannot be used"),
+    (["--control", "expert", "--episodes", "0"], "--episodes: 0 is not in 1 .. 1000000"),
+    (["--control", "expert", "--batch", "0"], "--batch: 0"),
+    (ckpt("--seed", "-1"), "--seed: -1"), (ckpt("--device", "meta"), "--device 'meta' cannot"),
     (["--control", "expert", "--episodes", "ten"], "--episodes: invalid int value: 'ten'"),
     (["--control", "reverse"], "--control: invalid choice: 'reverse'"),
     (["--control", "expert", "--split", "test"], "--split: invalid choice: 'test'"),
@@ -435,7 +436,11 @@ def test_bad_flags_are_one_line(argv, message, checkpoint, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("file, content, message", [
     ("model.safetensors", None, "model.safetensors"), ("model.safetensors", b"torn", "torn"),
-    ("config.json", b'{"method": "co', "config.json"), ("config.json", b'{"method": "os"}', "'os'; known"),
+    ("config.json", b'{"method": "co', "config.json"), ("config.json", b'{"method": "os"}', "'os'; there"),
+    ("config.json", b'{"method": "x"}', "'x'; there are"), ("config.json", b"null", "holds None"),
+    ("dataset_statistics.json", b"[1]", "not an object"), ("dataset_statistics.json", b"null", "holds None"),
+    ("dataset_statistics.json", b'{"tabletop": {}}', "dataset_statistics.json, 'tabletop': no action"),
+    ("dataset_statistics.json", b'{"tabletop": {"action": {"q99": [1, 1], "mask": [true]}}}', "no action"),
     ("dataset_statistics.json", b"{", "dataset_statistics"),
 ])
 def test_broken_checkpoint_is_one_line(file, content, message, checkpoint, tmp_path):
@@ -475,7 +480,7 @@ def test_trunk_questions_that_share_a_picture_are_answered_as_if_alone(trunk, na
     grid = cfg.image_size // cfg.patch_size // getattr(cfg, "merge_size", 1)
     scenes = [trunk.scene(s, cfg.image_size, grid) for s in seeds("pretrain", 2)]
     together = trunk.make_batch(scenes, [0, 1], np.random.default_rng(0), asker, 4)
-    _, answers, tasks, own = asker(together)
+    answers, tasks = asker(together)[1:3]
     for q in range(4):
         alone = together | {"ids": together["ids"][:, q:q + 1], "length": together["length"][:, q:q + 1]}
         for a, b in zip((answers, tasks), asker(alone)[1:3]):

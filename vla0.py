@@ -433,7 +433,10 @@ def crop_views(images, cfg, generator=None, train=False):
         x = x[:, top:top + ch, left:left + cw]
         size = (cfg.image_size, cfg.image_size) if cfg.image_size else (h, w)
         if tuple(x.shape[1:]) != size:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)       # else last bits, so grey levels, depend on how many threads share it
             x = F.interpolate(x[None], size, mode="bilinear", align_corners=False)[0]
+            torch.set_num_threads(threads)
         out.append(x)
     if len({x.shape for x in out}) > 1:
         raise ValueError(f"cameras of sizes {[tuple(x.shape[1:]) for x in out]}: set image_size to bring "

@@ -1990,6 +1990,19 @@ def test_two_processes_log_the_same_lr(tmp_path):                               
         assert model.act(samples(model.cfg, 2))[1]["problems"] == ["", ""]
 
 
+def test_pictures_do_not_depend_on_the_number_of_threads():
+    """Loader workers have one, the main process several; a grey level is cut off, so the last bit shows."""
+    image = np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8)
+    threads, seen = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 4):
+            torch.set_num_threads(n)
+            seen.append(vla0.prepare_images([image], vla0.PRESETS["tiny"]))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+
+
 def test_fidelity_tags_name_tests_that_exist():
     text = (ROOT / "vla0.py").read_text(encoding="utf-8")
     names = re.findall(r"Test: test_vla0\.py::(\w+)", text)

@@ -114,8 +114,8 @@ class Config:
     repetition_penalty: float = 1.05  # of generation_config.json (Qwen2.5-VL-Instruct ships 1.05)
     temperature: float = 0.0         # 0: greedy, as in the LIBERO evaluation; the official server: 0.1
     draft: str = "previous"           # speculate with: previous (chunk) | none; the text is the same
-    redraft: str = "align"            # after a wrong guess: keep the rest, align (measured: 3.5 x fewer passes)
-    #                                   | jacobi: this pass' predictions (2.5 x; benchmarks/bench.py vla0 decode)
+    redraft: str = "align"            # after a wrong guess: align, keep the rest (3.5 x fewer passes)
+    #                                   | jacobi, this pass' words (2.5 x; bench.py vla0 decode)
     window: int = 0                   # tokens read per pass; 0: the whole draft
     max_new_tokens: int = 1024        # official; with the grammar a chunk ends by itself
     # data and training
@@ -434,7 +434,7 @@ def crop_views(images, cfg, generator=None, train=False):
         size = (cfg.image_size, cfg.image_size) if cfg.image_size else (h, w)
         if tuple(x.shape[1:]) != size:
             threads = torch.get_num_threads()
-            torch.set_num_threads(1)       # else last bits, so grey levels, depend on how many threads share it
+            torch.set_num_threads(1)       # else grey levels depend on how many threads share it
             x = F.interpolate(x[None], size, mode="bilinear", align_corners=False)[0]
             torch.set_num_threads(threads)
         out.append(x)

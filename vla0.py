@@ -21,7 +21,6 @@ eval_sim.py.
     torchrun --standalone --nproc_per_node=8 train.py --model vla0 --preset 3b --init ID --data ...
 """
 import argparse
-import difflib
 import functools
 import io
 import pickle
@@ -44,9 +43,9 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (Qwen2_5_VLTextConfig,
                                                                      Qwen2_5_VLVisionConfig)
 
-from common import (ChunkEnsemble, check_fit, check_observation, cli, hash64, hf_attention, keyed_generator,
-                    load_config, load_weights, pick_attention, pick_stats, read_json, resolve, save_folder,
-                    tiny_tokenizer, write_json)
+from common import (ChunkEnsemble, check_config, check_fit, check_observation, choose, cli, hash64,
+                    hf_attention, keyed_generator, load_config, load_weights, pick_attention, pick_stats,
+                    read_json, resolve, save_folder, tiny_tokenizer, write_json)
 from common import device as pick_device
 
 # ---- Config ---------------------------------------------------------------------------------------------
@@ -138,28 +137,21 @@ class Config:
     seed: int = 42
 
     def __post_init__(self):
-        for name in ("views", "full_attention", "mrope_section", "betas", "jitter"):
-            setattr(self, name, tuple(getattr(self, name)))
-        if not self.views:
-            raise ValueError("views is empty: name at least one camera of the data.")
-        if not 1 <= self.execute <= self.horizon:
-            raise ValueError(f"execute={self.execute}: a chunk has horizon={self.horizon} actions.")
-        if not -1 <= self.gripper_index < self.action_dim:
-            raise ValueError(f"gripper_index={self.gripper_index}: an action has action_dim="
-                             f"{self.action_dim} numbers; -1 means none.")
-        for width, heads in (("llm_width", "llm_heads"), ("vit_width", "vit_heads"),
-                             ("llm_heads", "llm_kv_heads")):
-            if getattr(self, width) % getattr(self, heads):
-                raise ValueError(f"{width}={getattr(self, width)} is no multiple of {heads}="
-                                 f"{getattr(self, heads)}.")
+        ids = [name for name in vars(self) if name.endswith("_id") and name != "vision_id"]
+        zero = ("image_size", "full_attention", "state_dim", "window", "warmup", "seed", *ids)
+        check_config(
+            vars(self), vars(Config), multiples=(("llm_width", "llm_heads", 2), ("vit_width", "vit_heads", 2),
+                                                 ("llm_heads", "llm_kv_heads")),
+            least={**dict.fromkeys(zero, 0), "gripper_index": -1, "gripper_open": -np.inf},
+            most={"execute": "horizon", "crop": 1, "mask_max": 1, "mask_none": 1},
+            below={**dict.fromkeys(ids, "vocab"), "gripper_index": "action_dim", "ema": 1, "betas": 1,
+                   "full_attention": "vit_depth", "seed": 2**63},
+            choices={"ensemble": ("1", "2", "none"), "draft": ("previous", "none"),
+                     "redraft": ("jacobi", "align"), "padding": ("repeat", "mask"),
+                     "lr_schedule": ("constant", "cosine")})
         if 2 * sum(self.mrope_section) != self.llm_width // self.llm_heads:
             raise ValueError(f"mrope_section={self.mrope_section} must sum to half a head, "
                              f"{self.llm_width // self.llm_heads // 2}.")
-        for name, choices in (("ensemble", ("1", "2", "none")), ("draft", ("previous", "none")),
-                              ("redraft", ("jacobi", "align")), ("padding", ("repeat", "mask")),
-                              ("lr_schedule", ("constant", "cosine"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose {' or '.join(choices)}.")
 
     @property
     def legal(self):
@@ -189,12 +181,8 @@ PRESETS = {
 
 def configure(cfg, **overrides):
     """`cfg` with other values; an unknown name is a ValueError with the nearest match."""
-    names = [f.name for f in fields(Config)]
     for name in overrides:
-        if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise ValueError(f"vla0.Config has no field {name!r}{hint}")
+        choose("vla0.Config has no field", name, [f.name for f in fields(Config)])
     return replace(cfg, **overrides)
 
 
@@ -208,6 +196,8 @@ def encode_actions(actions, low, high, num_bins, strict=False):
     """
     low, high = np.asarray(low), np.asarray(high)
     actions = np.asarray(actions, low.dtype)
+    if not np.isfinite(actions).all():
+        raise ValueError("the actions hold NaN or infinity; look at the data, or leave that sample out.")
     outside = int(((actions < low) | (actions > high)).sum())
     if strict and outside:
         raise ValueError(f"{outside} action values lie outside the statistics' min and max; recompute these "
@@ -878,9 +868,13 @@ class Model(nn.Module):
         adapters = any(hasattr(m, "get_delta_weight") for m in self.model.modules())
         if self.reader is None or not self.reader.current(self.model):
             self.reader = Reader(self.cfg, self.model, alias=not sharded and not adapters)
-        yield self.reader
-        for m in sharded:
-            m.reshard()
+        try:
+            yield self.reader
+        finally:                                               # also when a stream is broken off
+            if sharded or adapters:                            # its weights were copies
+                self.reader = None
+            for m in sharded:
+                m.reshard()
 
     @torch.no_grad()                   # as a decorator, it is off again whenever the caller has its turn
     def write(self, observations, cfg, seed=None):

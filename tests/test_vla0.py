@@ -1914,7 +1914,7 @@ def test_unknown_unnorm_key_names_the_known_ones():
 
 
 @pytest.mark.parametrize("make_it, words", [
-    (lambda: Config(execute=9), "execute=9"), (lambda: Config(views=()), "views is empty"),
+    (lambda: Config(execute=9), "execute=9"), (lambda: Config(views=()), "views=()"),
     (lambda: Config(gripper_index=7), "gripper_index=7"), (lambda: Config(llm_heads=3), "llm_heads=3"),
     (lambda: Config(mrope_section=(1, 2, 3)), "half a head, 64"),
     (lambda: Config(padding="zero"), "padding='zero'"),

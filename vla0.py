@@ -764,7 +764,8 @@ class Writer:
         n = ((said == draft).cumprod(1).sum(1) + 1).clamp(max=K)                    # (B,) committed now
         end = torch.where(said == END, k, K).amin(1)                                # the first end
         n = torch.where(self.done, 0, torch.minimum(n, end + 1).minimum(self.limit - self.count))
-        fresh = (k < n[:, None]) | (self.cfg.redraft == "jacobi")
+        same = (said >= SPACE) == (draft >= SPACE)             # the numbers keep their lengths
+        fresh = (k < n[:, None]) | (same & (self.cfg.redraft == "jacobi"))
         self.text.scatter_(1, at, torch.where(fresh & ~self.done[:, None], said, draft))
         last = (self.count + n)[:, None]                                           # (B, 1) the last committed
         mine, guess = (x.gather(1, (n - 1).clamp(min=0)[:, None]) for x in (said, draft))
@@ -1074,6 +1075,9 @@ class Policy:
         if self.needs_chunk:
             if chunk is None:
                 chunk = self.model.act([self.ask(observation)], self.unnorm_key)[1]["actions"][0]
+            if not len(chunk):                                 # the official parser makes such ones
+                raise ValueError("the model wrote less than one action; strict=True makes that an empty "
+                                 "chunk, as officially. Without it the pose is held.")
             self.chunk = np.asarray(chunk, np.float64)                              # (T, D)
             self.queue.extend(self.ensemble.push(self.chunk))                       # `execute` actions
         self.last_action = action = self.queue.popleft()
@@ -1089,9 +1093,9 @@ RENAMED = {"model.language_model.": "model.", "model.visual.": "visual."}
 
 class StatsUnpickler(pickle.Unpickler):
     """Reads numpy arrays and nothing else: no other name is looked up, so nothing in a file is executed."""
-    KNOWN = {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
-             ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"), ("numpy", "ndarray"),
-             ("numpy", "dtype"), ("collections", "OrderedDict"), ("_codecs", "encode")}
+    KNOWN = {("numpy", "ndarray"), ("numpy", "dtype"), ("collections", "OrderedDict"), ("_codecs", "encode"),
+             *((f"numpy.{core}.{file}", name) for core in ("core", "_core") for file, name in (
+                 ("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer")))}
 
     def find_class(self, module, name):
         if (module, name) not in self.KNOWN:
@@ -1122,6 +1126,9 @@ def read_official(folder):
                          "qwen2_5_vl.")
     text, see = about.get("text_config", about), about["vision_config"]
     rope = text.get("rope_parameters") or text.get("rope_scaling") or about.get("rope_scaling") or {}
+    if float(text.get("rms_norm_eps", 1e-6)) != 1e-6 or text.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"{folder}/config.json: rms_norm_eps={text.get('rms_norm_eps')}, hidden_act="
+                         f"{text.get('hidden_act')}; Qwen2.5-VL has 1e-06 and silu, and so has this file.")
     made_by = about.get("transformers_version", "4.51")
     new = tuple(int(n) for n in re.findall(r"\d+", made_by)[:2]) >= (4, 52)
     sizes = {"llm_width": text["hidden_size"], "llm_depth": text["num_hidden_layers"],
@@ -1148,7 +1155,10 @@ def read_official(folder):
     for old, ours in RENAMED.items():
         state = {ours + name.removeprefix(old) if name.startswith(old) else name: t
                  for name, t in state.items()}
-    state.pop("lm_head.weight", None)                          # tied to model.embed_tokens.weight
+    head, words = state.pop("lm_head.weight", None), state.get("model.embed_tokens.weight")     # tied
+    if head is not None and words is not None and not torch.equal(head, words):
+        raise ValueError(f"{folder}: lm_head.weight is not model.embed_tokens.weight; Qwen2.5-VL-3B and what "
+                         "started from it share them, other sizes do not and cannot be loaded.")
     return state, sizes
 
 

@@ -406,11 +406,20 @@ class Tabletop:
         self._fingers(action[6] > 0.5)
 
     def observe(self):
-        """The observation: images {view: uint8 (h, w, 3)}, state (8,) float32 (top of file), instruction."""
+        """The observation: images {view: uint8 (h, w, 3)}, state (8,) float32 (top of file), instruction.
+
+        For methods that act in 3-D also {view: ...}: depth float32 (h, w) [m along the optical axis],
+        intrinsics (3, 3) [pixels], extrinsics (4, 4): world to camera [m], x right, y down, z forward.
+        """
         roll, pitch, yaw = self.rpy
         state = np.array([*self.tcp, roll, pitch, yaw, self.gap / 2, self.gap / 2], np.float32)
-        return {"images": {v: self.picture(v)[0] for v in self.views}, "state": state,
-                "instruction": self.instruction}
+        pictures = {v: self.picture(v) for v in self.views}
+        cameras = {v: self.camera(v) for v in self.views}
+        return {"images": {v: rgb for v, (rgb, _, _) in pictures.items()},
+                "depth": {v: depth for v, (_, depth, _) in pictures.items()},
+                "intrinsics": {v: c.intrinsics(self.h, self.w) for v, c in cameras.items()},
+                "extrinsics": {v: c.extrinsics() for v, c in cameras.items()},
+                "state": state, "instruction": self.instruction}
 
     def info(self):
         """success, family, names of all things in the scene, of X and of Y ("": none), side, steps played."""
@@ -909,14 +918,15 @@ def run_wave(jobs, model, method, split, control="", unnorm_key=None, execute=No
                 failed[i] += bool(bad)
         for i in list(live):
             env = envs[i]
-            if i in frames:
-                frames[i].append(env.picture("third", FILM, FILM)[0])
             if policies:                                              # no picture: its queue is not empty
                 action = policies[i].step(seen.get(i, {"instruction": env.instruction}), chunks.get(i))
             elif control == "random":
                 action = np.append(chance[i].uniform(-most, most), chance[i].random() < 0.5)
             else:
                 action = expert(env)[0]
+            if i in frames:
+                points = getattr(policies[i], "points", None) if policies else None
+                frames[i].append(with_points(env.picture("third", FILM, FILM)[0], points))
             env.advance(action)
             if not env.success() and env.count < env.max_steps:
                 continue
@@ -1051,6 +1061,20 @@ def save(results, film, out):
     except OSError:
         print_table(results)                                          # a full disk: the numbers are not lost
         raise
+
+
+def with_points(picture, points):
+    """A copy of an uint8 (h, w, 3) picture with a path of points (n, 2) in [0, 1], the first one ringed.
+
+    points None: a method that predicts none, and the picture itself.
+    """
+    if points is None:
+        return picture
+    page = Image.fromarray(picture)
+    draw, path = ImageDraw.Draw(page), [(float(u) * page.width, float(v) * page.height) for u, v in points]
+    draw.line(path, fill=(0, 255, 90), width=2)
+    draw.circle(path[0], 4, outline=(255, 0, 0), width=2)
+    return np.asarray(page)
 
 
 def write_film(film, path):

@@ -158,7 +158,12 @@ def test_wrist_camera_sees_the_fingers_and_moves_with_them():
 def test_gymnasium_signature_and_second_body():
     env = Tabletop(("pick",), "eval", ("third", "wrist"), 32, embodiment="gantry")
     obs, info = env.reset(seed=3)
-    assert set(obs) == {"images", "state", "instruction"}
+    assert set(obs) == {"images", "depth", "intrinsics", "extrinsics", "state", "instruction"}
+    for view in ("third", "wrist"):                            # depth, K and pose tell one story: a point seen
+        K, pose, z = (obs[name][view] for name in ("intrinsics", "extrinsics", "depth"))    # at pixel (20, 9)
+        at = np.linalg.inv(pose) @ [*(np.linalg.inv(K) @ [9.5, 20.5, 1] * z[20, 9]), 1]     # lies on its ray
+        assert z.shape == (32, 32) and env.camera(view).project(at[:3], 32, 32) == pytest.approx([9.5, 20.5])
+        assert at[2] > -1e-4
     assert obs["state"].shape == (8,) and obs["state"].dtype == np.float32
     obs, reward, terminated, truncated, info = env.step(np.array([0.01, 0, 0, 1]))
     assert reward == 0.0 and not terminated and not truncated and info["family"] == "pick"

@@ -498,8 +498,9 @@ def rope_positions(ids, cfg, grid):
             parts.append(picture + here)
             here, i = here + max(rows, columns), i + rows * columns
         else:
-            parts.append(torch.full((3, 1), here))
-            here, i = here + 1, i + 1
+            n = ids.index(cfg.image_id, i) - i if cfg.image_id in ids[i:] else len(ids) - i
+            parts.append((here + torch.arange(n)).expand(3, n))
+            here, i = here + n, i + n
     return torch.cat(parts, 1), here - len(ids)
 
 

@@ -113,8 +113,8 @@ class Config:
     repetition_penalty: float = 1.05  # of generation_config.json (Qwen2.5-VL-Instruct ships 1.05)
     temperature: float = 0.0         # 0: greedy, as in the LIBERO evaluation; the official server: 0.1
     draft: str = "previous"           # speculate with: previous (chunk) | none; the text is the same
-    redraft: str = "align"            # after a wrong guess: align, keep the rest (3.5 x fewer passes)
-    #                                   | jacobi, this pass' words (2.5 x; bench.py vla0 decode)
+    redraft: str = "jacobi"           # after a wrong guess: jacobi, guess this pass' words where numbers keep
+    #                                   their lengths | align, keep the draft
     window: int = 0                   # tokens read per pass; 0: the whole draft
     max_new_tokens: int = 1024        # official; with the grammar a chunk ends by itself
     # data and training

@@ -146,6 +146,7 @@ PRESETS = {
         train_resize="bicubic", padding="mask", data="tabletop", lr=6e-4, lr_schedule="cosine", warmup=50,
         batch=32, steps=3000, init="assets/cogact_tiny_trunk.safetensors"),
 }
+PREDICTS = "actions"              # of a sample; see the top of common.py
 
 
 def configure(cfg, **overrides):

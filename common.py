@@ -6,6 +6,8 @@ tensors and numbers, never a config or a model. What makes a method the method i
 How a method file is used; train.py, eval_sim.py and serve.py need only these names of it:
 
     Config, PRESETS           a flat dataclass; {"base": Config(...), ..., "tiny": Config(...)}
+    PREDICTS                  which part of a sample act() predicts: "actions" (in robot units), or
+                              "waypoints", of which Policy.step makes actions
     load_tokenizer(cfg)       the tokenizer of cfg.tokenizer ("tiny" is built here, nothing is downloaded)
     prepare(sample, cfg, tokenizer, stats, key=None, train=False)
                               one sample or observation -> dict of CPU tensors; runs in loader workers, knows

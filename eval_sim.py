@@ -993,7 +993,8 @@ def _check(model, method, families, episodes, split, batch, control, unnorm_key,
     if model is not None:
         from common import pick_stats
         Tabletop(families, split, model.cfg.views, model.cfg.image_size)
-        pick_stats(model.stats, unnorm_key)
+        if method.PREDICTS == "actions":
+            pick_stats(model.stats, unnorm_key)
         method.Policy(model, unnorm_key=unnorm_key, execute=execute)
 
 

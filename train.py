@@ -402,8 +402,8 @@ def held_out(dataset, n, batch, prepare, collate, rank, world):
 
 
 @torch.no_grad()
-def validate(wrapped, batches, device, precision):
-    """Loss, and the mean |predicted - recorded| of each action dim in robot units (open loop); all ranks."""
+def validate(wrapped, batches, device, precision, predicts):
+    """Loss, and the mean |predicted - recorded| of each dim of sample[predicts] (open loop); all ranks."""
     step = wrapped.module if isinstance(wrapped, nn.parallel.DistributedDataParallel) else wrapped
     loss_sum, seen, error, entries = 0.0, 0, 0.0, 0
     wrapped.eval()
@@ -413,8 +413,10 @@ def validate(wrapped, batches, device, precision):
             with precision():
                 loss_sum += step(to_device(batch, device))[0].item() * len(samples)
             chunks = torch.as_tensor(step.act(samples, name)[0])                           # (B, T, A)
-            target = torch.stack([torch.from_numpy(s["actions"]) for s in samples])        # (B, T, A)
-            mask = torch.stack([torch.from_numpy(s["loss_mask"]) for s in samples])        # (B, T)
+            target = torch.stack([torch.from_numpy(s[predicts]) for s in samples])         # (B, T, A)
+            mask = torch.ones(target.shape[:2], dtype=torch.bool)                          # (B, T)
+            if predicts == "actions":
+                mask = torch.stack([torch.from_numpy(s["loss_mask"]) for s in samples])
             error = error + ((chunks - target).abs() * mask[..., None]).sum((0, 1)).double()   # (A,)
             seen, entries = seen + len(samples), entries + mask.sum().item()
     wrapped.train()
@@ -423,7 +425,8 @@ def validate(wrapped, batches, device, precision):
     total = torch.cat([torch.tensor([loss_sum, seen, entries], dtype=torch.float64), error])
     if dist.is_initialized():
         dist.all_reduce(total)
-    return {"val_loss": (total[0] / total[1]).item(), "val_action_error": (total[3:] / total[2]).tolist()}
+    error = (total[3:] / total[2]).tolist()
+    return {"val_loss": (total[0] / total[1]).item(), f"val_{predicts[:-1]}_error": error}
 
 
 # ---- Checkpoints ------------------------------------------------------------------------------------------
@@ -861,12 +864,12 @@ def run(cleanup, args, module, cfg, found):
             sums, names, waited = {}, {}, 0.0
         if check:
             swap(params, average)
-            row = validate(wrapped, checks, device, precision)
+            row = validate(wrapped, checks, device, precision, module.PREDICTS)
             swap(params, average)
-            errors = " ".join(f"{e:.4f}" for e in row["val_action_error"])
+            (_, loss), (name, errors) = row.items()
             if log:
-                bar.write(f"step {step}/{cfg.steps} | validation loss {row['val_loss']:.4f} | "
-                          f"action error {errors} (robot units, open loop)")
+                bar.write(f"step {step}/{cfg.steps} | validation loss {loss:.4f} | {name.replace('_', ' ')} "
+                          f"{' '.join(f'{e:.4f}' for e in errors)} (open loop, in the data's units)")
                 log(step, row)
 
         # ---- save

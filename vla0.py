@@ -177,6 +177,7 @@ PRESETS = {
         repetition_penalty=1.0, padding="mask", data="tabletop", lr=1e-3, lr_schedule="cosine", warmup=50,
         grad_clip=1.0, batch=32, steps=3000, init="assets/vla0_tiny_trunk.safetensors"),
 }
+PREDICTS = "actions"              # of a sample; see the top of common.py
 
 
 def configure(cfg, **overrides):

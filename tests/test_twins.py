@@ -39,7 +39,7 @@ def test_no_method_imports_another(method):
 @pytest.mark.parametrize("method", [m for m in METHODS if (ROOT / f"{m}.py").is_file()])
 def test_every_method_offers_the_names_the_scripts_use(method):
     module = importlib.import_module(method)
-    for name in ("Config", "PRESETS", "load_tokenizer", "prepare", "collate", "Model", "from_pretrained", "Policy"):
+    for name in ("Config", "PRESETS", "PREDICTS", "load_tokenizer", "prepare", "collate", "Model", "from_pretrained", "Policy"):
         assert hasattr(module, name), f"{method}.py has no {name} (see the top of common.py)"
     for name in ("forward", "loss", "act", "blocks", "param_groups", "save_pretrained"):
         assert callable(getattr(module.Model, name))

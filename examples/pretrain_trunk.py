@@ -1,13 +1,13 @@
 """
 Make the trunk that a tiny preset starts from: a small vision-language model that knows what is where.
 
-    python examples/pretrain_trunk.py                            # writes assets/cogact_tiny_trunk.safetensors
-    python examples/pretrain_trunk.py --model vla0 --ask 3       # writes assets/vla0_tiny_trunk.safetensors
+    python examples/pretrain_trunk.py                                      # CogACT's, into assets/
+    python examples/pretrain_trunk.py --model vla0 --ask 3 --steps 7000    # VLA-0's
 
 Real VLAs start from a vision-language model that has seen the world. So does ours, only that its world is the
 simulator: random scenes of the seeds "pretrain" (never those of training, validation or evaluation), random
-gripper poses, things in the hand and on top of each other. It is asked two kinds of questions, and no action
-is ever shown to it:
+gripper poses, things in the hand and on top of each other. It is asked three kinds of questions, and no
+action of the expert is ever shown to it:
 
   what is here?  at every patch, after the projector: colour, shape, where is the middle of this thing
   which is it?   after each layer but the last: which patches show X (the last token's state against the
@@ -15,7 +15,8 @@ is ever shown to it:
                  3.3 cm in the mean (median 0.6); one in four was another thing of that colour
   where is it?   at the last token of a prompt that names things ("pick up the red cube", "find the plate"):
                  position of X, of Y, of the gripper; is X in the hand; which task is asked. A method that
-                 writes (VLA-0) also answers in text: these nine coordinates as integers
+                 writes (VLA-0) also answers in text which way X and Y lie from the gripper: geometry too,
+                 but the first 4 cm of it are what an action says when nothing is in the way
 
 The answering heads are linear, used here only, and thrown away. The error of the answers on unseen scenes
 [cm] is printed as it falls, and written with the time it took into the card beside the weights.
@@ -46,6 +47,7 @@ SHAPE_NAMES = (*SHAPES, "none")
 TASKS = (*FAMILIES, "point")
 POINT = ("point at the {x}", "find the {x}", "look at the {x}")       # phrasings, as eval_sim.PHRASES
 SHARES = (0.17, 0.22, 0.16, 0.14, 0.06, 0.14, 0.11)                   # of the tasks, among the questions
+STRIDE = 0.04                                                         # [m]
 SCALE = 0.1                                                           # answers are in units of 10 cm
 # the answer row: X xyz, Y xyz, gripper xyz, sin and cos of its yaw, gap, X in hand?, anything in hand?
 ANSWERS, COLUMNS = 14, {"x": slice(0, 3), "y": slice(3, 6), "gripper": slice(6, 9)}
@@ -238,10 +240,17 @@ METHODS = {"cogact": CogACT, "vla0": VLA0}
 
 
 def in_words(row, counts):
-    """The answer as text: X, gripper, Y (if there is one), each x y z: integers 0..100 over half a metre."""
-    values = np.concatenate([row[COLUMNS["x"]], row[COLUMNS["gripper"]],
-                             row[COLUMNS["y"]] if counts[COLUMNS["y"]].all() else []]) * SCALE     # [m]
-    return " ".join(str(int(v)) for v in np.clip(np.rint((values + 0.25) / 0.5 * 100), 0, 100))
+    """The answer as text, integers 0..100: the first stride from the gripper to X (x y z, over +-4 cm), all
+    of that way (over +-50 cm), and the first stride to Y if it is named. A stride is at most 4 cm sideways
+    and at most 4 cm up or down.
+    """
+    gripper, numbers = row[COLUMNS["gripper"]] * SCALE, []                                # [m]
+    for thing in ("x", "y"):
+        if counts[COLUMNS[thing]].all():
+            way = row[COLUMNS[thing]] * SCALE - gripper
+            stride = np.append(way[:2] * min(1, STRIDE / max(np.hypot(*way[:2]), 1e-9)), way[2])
+            numbers += [*(stride / STRIDE), *(way / 0.5 if thing == "x" else [])]
+    return " ".join(str(int(n)) for n in np.rint(np.clip(numbers, -1, 1) * 50 + 50))
 
 
 class Asker(torch.nn.Module):
@@ -352,7 +361,7 @@ def main():
     assets = Path(__file__).resolve().parent.parent / "assets"
     p = Parser(__doc__)
     p.add_argument("--model", choices=METHODS, default="cogact", help="whose tiny preset it is for")
-    p.add_argument("--steps", type=within(1), default=16_000, help="optimizer steps; the rate falls to 0")
+    p.add_argument("--steps", type=within(1), default=6000, help="optimizer steps; the rate falls to 0")
     p.add_argument("--scenes", type=within(1, HELD_OUT), default=100_000, help="each has six questions")
     p.add_argument("--batch", type=within(1), default=32, help="pictures per step")
     p.add_argument("--ask", type=within(1, 6), default=4, help="questions per picture, at most 6")
@@ -419,7 +428,8 @@ def save(asker, a, step, seconds, report):
         "hardware": f"{machine}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "seeds": f"tabletop split 'pretrain', {a.scenes} scenes; no training, validation, evaluation seeds",
-        "supervision": "positions of the things a prompt names and what each patch shows; no actions",
+        "supervision": "what each patch shows; positions of the things a prompt names, and (in text) the way "
+                       "to them; no expert's actions",
         "dtype": "float16", "error_on_2000_unseen_scenes": report, "licence": "MIT"})
 
 

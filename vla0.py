@@ -173,9 +173,9 @@ PRESETS = {
         llm_depth=4, llm_heads=4, llm_kv_heads=2, llm_mlp=256, llm_init=0.06, vocab=512, rope_theta=1e4,
         mrope_section=(4, 6, 6), horizon=4, num_bins=100, gripper_open=1.0, system="", digit_id=22,
         space_id=3, newline_id=5, mask_id=37, pad_id=4, im_start_id=500, im_end_id=501, vision_start_id=502,
-        vision_end_id=503, image_id=504, tokenizer="tiny", execute=2, ensemble="none", window=8,
+        vision_end_id=503, image_id=504, tokenizer="tiny", execute=3, ensemble="none", window=8,
         repetition_penalty=1.0, padding="mask", data="tabletop", lr=1e-3, lr_schedule="cosine", warmup=50,
-        grad_clip=1.0, batch=32, steps=3000, init="assets/vla0_tiny_trunk.safetensors"),
+        grad_clip=1.0, batch=32, steps=2600, init="assets/vla0_tiny_trunk.safetensors"),
 }
 PREDICTS = "actions"              # of a sample; see the top of common.py
 

@@ -15,7 +15,8 @@ THE SAMPLE: a dict, one per (episode, frame), of numpy arrays and strings; nothi
    dataset         str                          whose statistics normalize the actions (the unnorm_key)
  optional, for the methods that learn from them:
    subtask         str                          what is being done now ("reach for the red cube")
-   waypoints       (5, 2) float32               (x, y) right and down, [0, 1] of the image: contact, path
+   waypoints       (5, 2) float32               (x, y) right and down, [0, 1] of the image: contact, path; a
+                                                sample without actions for a0 needs no state, loss_mask
    embodiment      str                          which robot and control convention
    history_images  {view: (n, h, w, 3) uint8}   earlier frames, oldest first
    action_text     str                          the actions as numbers in text, some digits hidden as X; a
@@ -29,14 +30,18 @@ motion and the last gripper.
     python data.py --make                   # the default training set, into ~/.cache/plainvla
     python data.py ~/.cache/plainvla/NAME   # what a set holds, and whether it is whole
     python data.py build-manifest --hdf5 LIBERO --out DIR    # then train.py --data DIR/manifest.jsonl
+    python data.py hoi4d-frames --root DIR/HOI4D_release     # its videos -> frames, for two of A0's sets:
+    train.py --data maniskill=DIR+hoi4d=DIR: any of A0_FORMS in the unzipped A0-Dataset; a0=DIR: all five
 """
 import contextlib
+import csv
 import hashlib
 import importlib.util
 import inspect
 import itertools
 import json
 import os
+import random
 import re
 import signal
 import sys
@@ -45,7 +50,7 @@ import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context, parent_process
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -70,11 +75,13 @@ def check_sample(sample, where="sample", horizon=None, action_dim=None, state_di
     """Return `sample` if it has the format above, else raise one ValueError that names the field.
 
     horizon, action_dim, state_dim: the T, A, S to insist on (None: any). views: names `images` must hold.
-    actions=False: an observation.
+    actions=False: an observation. Waypoints do for actions, where 2 numbers are an action (a0).
     """
     if not isinstance(sample, dict):
         raise ValueError(f"{where}: wanted a dict (see the top of data.py), found {type(sample).__name__}.")
     wanted = ["images", "instruction", "state"] + (["actions", "loss_mask", "dataset"] if actions else [])
+    if actions and "waypoints" in sample and "actions" not in sample and action_dim in (None, 2):
+        wanted, actions = ["images", "instruction", "dataset"], False
     for key in wanted:
         if key not in sample:
             raise ValueError(f"{where}: no {key!r}; it has {list(sample)}, wanted {wanted}.")
@@ -93,7 +100,8 @@ def check_sample(sample, where="sample", horizon=None, action_dim=None, state_di
     for key in ("instruction", "dataset", "subtask", "embodiment", "action_text"):
         if key in sample and not is_text(sample[key]):
             raise ValueError(f"{where}: {key!r} must be a string that is not empty, found {sample[key]!r}.")
-    _check_array(f"{where}: 'state'", sample["state"], np.float32, (state_dim or "S",))
+    if "state" in sample:
+        _check_array(f"{where}: 'state'", sample["state"], np.float32, (state_dim or "S",))
     if actions:
         shape = (horizon or "T", action_dim or "A")
         _check_array(f"{where}: 'actions'", sample["actions"], np.float32, shape)
@@ -602,6 +610,309 @@ class Manifest(torch.utils.data.Dataset):
                 "dataset": self.name, "action_text": line["target_action_text"]}
 
 
+# ---- A0's forms: waypoints, no actions --------------------------------------------------------------------
+# Below the unzipped A0-Dataset (of the authors' absolute paths in its files, the ends count):
+#   maniskill/TASK/label/out*.json                   points [pixels] and pictures per frame, from `start` on
+#   droid_cotrack/, droid_molmo_sam2/ episode*.json  points [fractions] and pictures per frame, from 0 on
+#   hoi4d_metadata/**/metadata.json                  an object's centre [pixels] per frame, and events
+#   hoi4d_frame/                                     4 points [pixels] for chosen frames
+#   HOI4D_release/**/align_rgb/00000.jpg, ...        the frames of both: see hoi4d_frames
+#   pixmo-points/*.parquet or .json, images/*        points [percent]; pictures, by the SHA-256 of their URL
+
+def a0_dataset(form, root, split="train", seed=0, first_frame=None, single_image=None, pictures=None):
+    """One of `A0_FORMS`, below `root` or in it: [i] is a window of episode i, the same each time.
+
+    `draw(i, key)` draws another window for each key; `sample(i, rng)` takes rng's randint, choice and random,
+    in the official order. Waypoints may leave the image, as officially; far outside, they are an error.
+    split: "train" or "test"; without a split file, drawn by `seed` and not written.
+    first_frame: the reference (history_images) is the segment's first frame, else the one before (None: in
+    training). single_image: how often there is none (None: 0.4 in training, 0.3 for hoi4d_frame; 0 in tests).
+    pictures: HOI4D_release, or pixmo's images, if elsewhere. Episodes left out are counted on stderr; what
+    else is wrong is a ValueError once it is met (the original prints it, and reads another episode).
+    """
+    choose("A0 has no form", form, list(A0_FORMS))
+    root, (reader, names, *_) = Path(root).expanduser().resolve(), A0_FORMS[form]
+    if not root.is_dir() or split not in ("train", "test"):
+        raise ValueError(f"{form}={root}, split={split!r}: give the unzipped A0-Dataset, and train or test.")
+    root = next((root / name for name in names if (root / name).is_dir()), root)
+    return reader(form, root, split, seed, first_frame, single_image, pictures)
+
+
+@contextlib.contextmanager
+def _layout(path):
+    """Whatever is wrong with a file is one ValueError that names it."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError, OSError, EOFError, SyntaxError) as e:
+        if type(e) is ValueError and str(path) in str(e):  # one of ours
+            raise
+        make = " HOI4D's frames come from data.py hoi4d-frames." * (path.parent.name == "align_rgb")
+        reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        raise ValueError(f"{path} is not as in A0's sets: {reason}. Copy it again.{make}") from None
+
+
+class A0Set(torch.utils.data.Dataset):
+    """What the forms share. A subclass finds its episodes and reads them:
+
+    row(path, content) -> what `read` needs besides, or a str: why it is left out (or an index() of its own).
+    read(path, *row, rng) -> (instruction, points (up to 5, 2), current picture, reference picture or None).
+    """
+
+    def __init__(self, form, root, split, seed, first_frame, single_image, pictures):
+        train, loud = split == "train", rank_info()[0] == 0
+        self.form, self.root, self.split, self.seed = form, root, split, seed
+        self.first_frame = train if first_frame is None else first_frame
+        often = 0.3 if form == "hoi4d_frame" else 0.4
+        self.single_image = often * train if single_image is None else single_image
+        beside = "images" if form == "pixmo-points" else "../HOI4D_release"
+        self.pictures = Path(pictures or root / beside).expanduser().resolve()
+        rows = list(tqdm(self.index(), f"{form} {split}", unit="episode", leave=False, disable=not loud))
+        self.rows = [(path, *row) for path, row in rows if not isinstance(row, str)]
+        if loud and (left := [row for _, row in rows if isinstance(row, str)]):
+            why = ", ".join(f"{left.count(reason):,} {reason}" for reason in sorted(set(left)))
+            print(f"{root}, {split}: {len(self):,} episodes; left out: {why}.", file=sys.stderr)
+        if train and not self.rows:
+            raise ValueError(f"{root}: no episode of {form} to train on. Is it the right folder, and whole?")
+
+    def index(self):
+        listed = self.root / f"train_test_split{'_droid' * (self.form == 'droid_molmo_sam2')}.json"
+        paths = self.share(sorted(self.root.glob(A0_FORMS[self.form][2])))
+        if listed.is_file():
+            with _layout(listed):
+                names = [PurePosixPath(name).parts for name in read_json(listed)[self.split]]
+                paths = [self.first([self.root.joinpath(*name[i:]) for i in range(len(name))],
+                                    f"{listed} names it") for name in names]
+        for path in paths:
+            with _layout(path):
+                yield path, self.row(path, read_json(path))
+
+    def share(self, items):
+        """This split's part of them (officially drawn without a seed, and kept in the user's folder)."""
+        random.Random(hash64(self.seed)).shuffle(items)
+        train = int(len(items) * A0_FORMS[self.form][3])
+        return items[:train] if self.split == "train" else items[train:]
+
+    def first(self, paths, why):
+        if path := next((path for path in paths if path.is_file()), None):
+            return path
+        raise ValueError(f"{paths[0]} is missing; {why}. Unzip the set again, or take it out there.")
+
+    def picture(self, path):
+        with _layout(path), Image.open(path) as file:
+            return np.array(file.convert("RGB"))
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.draw(index, hash64(self.seed, 0, index))
+
+    def draw(self, index, key):
+        return self.sample(index, random.Random(key))
+
+    def sample(self, index, rng):
+        path = self.rows[index][0]
+        with _layout(path):
+            instruction, points, current, reference = self.read(*self.rows[index], rng)
+            xy = np.array(points, np.float64).reshape(-1, 2)                              # (up to 5, 2)
+        alone = rng.random() < self.single_image or reference is None          # the last draw, as officially
+        image = self.picture(current)                                                     # (h, w, 3)
+        h, w = image.shape[:2]
+        xy = xy / (1 if self.form.startswith(("droid", "pixmo")) else (w, h))
+        xy = np.concatenate([xy, xy[-1:].repeat(5 - len(xy), 0)])                         # (5, 2)
+        if not (np.abs(xy - 0.5) < 1.5).all():             # NaN; or the points have another unit
+            raise ValueError(f"{path}: waypoints {np.round(xy, 2).tolist()}, in fractions of {current} "
+                             f"({w} x {h}), are far outside. Is it the right picture? Else take them out.")
+        sample = {"images": {"current": image}, "waypoints": xy.astype(np.float32),
+                  "instruction": instruction, "dataset": self.form}
+        if not alone:
+            sample["history_images"] = {"current": (before := self.picture(reference))[None]}   # (1, h, w, 3)
+            if before.shape != image.shape:
+                raise ValueError(f"{reference} is {before.shape}, {current} {image.shape}. Copy both again.")
+        return check_sample(sample, str(path))
+
+
+class Tracked(A0Set):
+    """maniskill, droid_cotrack, droid_molmo_sam2: where an object's point went."""
+
+    def row(self, path, episode):
+        about, found = episode["metadata"], min(len(episode["waypoints2d"]), len(episode["cam_highs"]))
+        start, end = about["validRange"]["start"], about["validRange"]["end"]
+        if start < 0 or not found or end - 5 - start * (self.form == "maniskill") >= found:
+            raise ValueError(f"{path}: validRange {start}..{end}, {found} points or pictures. Copy it again.")
+        return () if end - start >= 5 and about.get("is_valid", True) else "too short, or marked not valid"
+
+    def read(self, path, rng):
+        about, points, pictures = map(read_json(path).get, ("metadata", "waypoints2d", "cam_highs"))
+        start, end, instruction = *map(about["validRange"].get, ("start", "end")), about["instructions"]
+        if isinstance(instruction, list):                  # droid_cotrack's
+            instruction = rng.choice([text for text in instruction if text])
+        at, stride = rng.randint(start, end - 5), rng.choice([5, 4])
+        # points[0] and pictures[0] belong to the frame `zero`, pictures are named from `folder`
+        zero, folder = (start, path.parents[1]) if self.form == "maniskill" else (0, self.root)
+        window = points[at - zero:min(at + 4 * stride, len(points) + zero) + 1 - zero:stride]
+        if self.form == "maniskill":
+            # FAITHFUL: the last point is the episode's, wherever the window ends.
+            # Test: test_data_a0.py::test_last_waypoint_of_a_maniskill_window_is_the_episodes
+            window[-1] = points[-1]
+        before = start if self.first_frame else max(at - 1, zero)
+        return instruction, window, folder / pictures[at - zero], folder / pictures[before - zero]
+
+
+class Hoi4d(A0Set):
+    """hoi4d: an object's way through an event."""
+
+    def row(self, path, clip):
+        centers, events = [frame["center"] for frame in clip["frames"]], []
+        if not centers:
+            raise ValueError(f"{path}: its list of frames is empty. Take the file out.")
+        if not all(centers) or any(frame["frame_index"] != i for i, frame in enumerate(clip["frames"])):
+            return "with frames or centres missing"
+        for event in clip["events_frame"]:
+            start, end = event["start_frame"], event["end_frame"]
+            last = min(end, len(centers) - 1)              # (officially one too many if there are `end`)
+            if event["event"] not in ("rest", "Reachout", "Stop") and end - start > 5 <= last - start:
+                events.append((event["event"], start, last))
+        return (events,) if events else "without an event of 6 frames"       # (officially an endless loop)
+
+    def read(self, path, events, rng):
+        clip, (event, start, end) = read_json(path), rng.choice(events)
+        at = rng.randint(start, end - 5) if self.split == "train" else start
+        before = start if self.first_frame else max(at - 1, 0)
+        current, reference = (self.pictures / clip["image_dir"] / f"{i:05d}.jpg" for i in (at, before))
+        points = [clip["frames"][i]["center"] for i in np.linspace(at, end, 5).astype(int)]
+        return f"Task: {clip['task_name']}. {event} {clip['label_name']}.", points, current, reference
+
+
+class Hoi4dFrame(A0Set):
+    """hoi4d_frame: four points for a frame, made five; the reference is always the frame before."""
+
+    def index(self):
+        listed, table = self.root / "hoi4d_frame_metadata.json", self.root / "HOI4D_points_rectification.csv"
+        splits, whole = ("train", "val") if self.split == "train" else ("test",), read_json(listed)
+        with _layout(listed):
+            entries = {entry["id"]: (entry["index"].replace(" ", "_"), int(entry["img"]),
+                                     entry.get("instruction") or self.say(**entry))
+                       for split in splits for entry in whole[split]}
+        with _layout(table), open(table, encoding="utf-8-sig", newline="") as file:
+            for line in csv.DictReader(file):
+                number, sources = int(line["id"]), [s for s in ("base", "manual", "molmo") if line[s] == "1"]
+                if number in entries and not sources:
+                    yield table, "without good points"
+                elif number in entries:
+                    clip, frame, instruction = entries[number]
+                    name = f"HOI4D_points_molmo/{{}}/{number}_points2d_{sources[0]}.npy"
+                    if sources[0] == "base":
+                        name = f"HOI4D_points/{{}}/{clip}/{frame:05d}/points2d.npy"
+                    path = self.first([self.root / name.format(split) for split in splits], f"{table} has it")
+                    yield path, (line["instruction"] or instruction, clip, frame)
+
+    def say(self, action, object, kpst_part=(), **_):
+        cabinet = object == "Storage Furniture" and "Body of the Cabinet" in kpst_part
+        part = next((part for part in ("Drawer", "Door") if cabinet and part in kpst_part), None)
+        if part and action in ("open", "close"):
+            return f"{action} the {part.lower()} of the cabinet body in the storage furniture."
+        return f"{ {'pickup': 'pick up', 'putdown': 'put down'}.get(action, action)} the {object.lower()}"
+
+    def read(self, path, instruction, clip, frame, rng):
+        points = np.load(path, allow_pickle=False).astype(np.float64)
+        points = (points[0] if path.name == "points2d.npy" else points).reshape(4, 2)
+        points = np.insert(points, 3, (points[2] + points[3]) / 2, 0)                     # (5, 2)
+        folder = self.pictures / clip / "align_rgb"
+        return instruction, points, folder / f"{frame:05d}.jpg", folder / f"{max(frame - 1, 0):05d}.jpg"
+
+
+class PixmoPoints(A0Set):
+    """pixmo-points, to pre-train on: a label and its one point, as all five waypoints; no reference."""
+
+    def index(self):
+        with _layout(self.pictures):
+            files = {path.stem: path for path in self.pictures.iterdir() if path.suffix != ".tmp"}
+        mine = set()
+        for name in self.share(sorted(files)):
+            with contextlib.suppress(OSError), Image.open(files[name]):
+                mine.add(name)
+            if name not in mine:                               # a download that failed may leave a message
+                yield files[name], "no picture"
+        for table in sorted([*self.root.rglob("*.parquet"), *self.root.glob("*.json")]):
+            with _layout(table):
+                for row in self.table(table):
+                    name, points = hashlib.sha256(row["image_url"].encode()).hexdigest(), row["points"]
+                    if len(points) != 1 or not is_text(row["label"]) or name not in files:
+                        yield table, "without a label, one point and a downloaded picture"
+                    elif name in mine:
+                        yield files[name], (row["label"], (points[0]["x"] / 100, points[0]["y"] / 100))
+
+    def table(self, path):
+        if path.suffix == ".json":                             # a list, or an object per line
+            text = path.read_text(encoding="utf-8")
+            return json.loads(text) if text.startswith("[") else map(json.loads, text.splitlines())
+        batches = _optional("pyarrow.parquet", path).ParquetFile(path).iter_batches()
+        return itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+
+    def read(self, path, label, point, rng):
+        return label, [point], path, None
+
+
+def _optional(module, path):
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ValueError(f"{path} needs a package; run: pip install {module.partition('.')[0]}") from None
+
+
+A0_FORMS = {       # form: reader, names of its folder; without a split file: episodes, training's share
+    "hoi4d_frame": (Hoi4dFrame, ["hoi4d_frame"]),
+    "hoi4d": (Hoi4d, ["hoi4d_metadata", "HOI4D_metadata"], "**/metadata.json", 0.8),
+    "droid_cotrack": (Tracked, ["droid_cotrack", "droid-cotrack"], "episode*.json", 0.9),
+    "maniskill": (Tracked, ["maniskill"], "*/label/out*.json", 0.8),
+    "droid_molmo_sam2": (Tracked, ["droid_molmo_sam2", "droid-molmo-sam2"], "episode*.json", 0.9),
+    "pixmo-points": (PixmoPoints, ["pixmo-points", "pixmo_points"], "", 0.99)}
+
+
+class Mixture(torch.utils.data.ConcatDataset):
+    """Several sets, one after the other: every episode is as likely as any other, as officially."""
+    draw = A0Set.draw
+
+    def sample(self, index, rng):
+        number = int(np.searchsorted(self.cumulative_sizes, index, side="right"))
+        return self.datasets[number].sample(index - [0, *self.cumulative_sizes][number], rng)
+
+
+def hoi4d_frames(root, workers=None):
+    """HOI4D's align_rgb/image.mp4 below `root` -> 00000.jpg, ... beside it, 15 per second; how many videos.
+
+    As HOI4D's decode.py (ffmpeg's `fps` filter). Interrupted, it goes on; .frames.json: a video is done.
+    """
+    videos = sorted(Path(root).glob("**/align_rgb/image.mp4"))
+    if not videos:
+        raise ValueError(f"{root}: no align_rgb/image.mp4 below it. Give HOI4D_release, unzipped.")
+    done = _in_processes(_decode_video, videos, usable_cores() if workers is None else workers)
+    return len(list(tqdm(done, "HOI4D", len(videos), unit="video")))
+
+
+def _decode_video(path):
+    about, size, number = path.with_name(".frames.json"), path.stat().st_size, 0
+    if not about.exists() or read_json(about).get("bytes") != size:
+        for number, image in enumerate(_at_15_hz(path), 1):
+            if not (frame := path.with_name(f"{number - 1:05d}.jpg")).exists():
+                atomic_write(frame, partial(image.save, format="JPEG", quality=95))
+        write_json(about, {"bytes": size, "frames": number})
+
+
+def _at_15_hz(path):
+    av = _optional("av", path)
+    with _layout(path), av.open(str(path)) as video:
+        graph, stream = av.filter.Graph(), video.streams.video[0]
+        graph.link_nodes(graph.add_buffer(template=stream), graph.add("fps", "15"), graph.add("buffersink"))
+        graph.configure()
+        for frame in itertools.chain(video.decode(stream), [None]):
+            graph.push(frame)
+            with contextlib.suppress(av.BlockingIOError, av.EOFError):
+                while True:
+                    yield graph.pull().to_image(src_colorspace="ITU601")   # as decode.py: the YUV as it is
+
+
 # ---- --data: the tabletop, or a function of yours ---------------------------------------------------------
 
 def open_dataset(spec=NAME, split="train", horizon=8, views=("third",), image_size=64, action_dim=None,
@@ -610,6 +921,7 @@ def open_dataset(spec=NAME, split="train", horizon=8, views=("third",), image_si
 
     "tabletop", "tabletop:pick,put", "tabletop:all": the embedded set; `options` go to `tabletop`.
     "PATH/manifest.jsonl": VLA-0's community form (see `Manifest`); no validation set if too short: None.
+    "maniskill=DIR+hoi4d=DIR": A0's forms, mixed; "a0=DIR": the official five. "val" is their test split.
     "my_file.py:make_dataset": your function, called with those of split, horizon, views and image_size that
     it takes by name. It returns something with len() and [i], or an iterable (see `loader`); an attribute
     `stats` of it replaces the statistics pass. Samples are checked as they are read, the first one at once. A
@@ -623,6 +935,13 @@ def open_dataset(spec=NAME, split="train", horizon=8, views=("third",), image_si
     if path.endswith(".py"):
         offered = {"split": split, "horizon": horizon, "views": views, "image_size": image_size}
         return _user_dataset(path, name, offered, expect)
+    parts = [part.partition("=") for part in re.split(r"\+(?=[\w-]+=)", spec)]
+    if all(equals for _, equals, _ in parts) and not Path(spec).exists():
+        if action_dim not in (None, 2) or options:
+            raise ValueError(f"--data {spec} has points, no actions: it is for a0, with no tabletop flags.")
+        data = Mixture([a0_dataset(form, root, "train" if split == "train" else "test")
+                        for name, _, root in parts for form in {"a0": list(A0_FORMS)[:5]}.get(name, [name])])
+        return data if len(data) else None
     kind, _, families = spec.partition(":")
     if kind == NAME:
         chosen = options.pop("families", None)
@@ -631,8 +950,8 @@ def open_dataset(spec=NAME, split="train", horizon=8, views=("third",), image_si
                         **options)
     found = "a folder" if Path(spec).is_dir() else "a file" if Path(spec).exists() else "nothing there"
     raise ValueError(f"--data {spec}: found {found}. Give {NAME}, {NAME}:pick,put, {NAME}:all, a "
-                     "manifest.jsonl, or my_file.py:make_dataset (a function of yours that reads any format; "
-                     "README has one of 15 lines).")
+                     "manifest.jsonl, maniskill=DIR (A0's sets), or my_file.py:make_dataset (a function of "
+                     "yours that reads any format; README has one of 15 lines).")
 
 
 def _user_dataset(path, name, offered, expect):
@@ -726,6 +1045,8 @@ def dataset_statistics(dataset):
     found, total = {}, len(dataset) if _has_items(dataset) else None
     bar = tqdm(_each(dataset), "action statistics", total, unit="sample", disable=rank_info()[0] > 0)
     for sample in bar:
+        if "actions" not in sample:                        # waypoints: nothing is normalized
+            return {}
         statistics = found.setdefault(sample["dataset"], ActionStatistics())
         statistics.add(sample["actions"][sample["loss_mask"]], trajectories=0)           # (<= T, A)
     mask = [True] * (sample["actions"].shape[1] - 1) + [False]
@@ -815,7 +1136,8 @@ class _Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, drawn):
         try:
-            return self.collate([self.prepare(self.dataset[index], key=key) for index, key in drawn])
+            draw = getattr(self.dataset, "draw", lambda index, key: self.dataset[index])
+            return self.collate([self.prepare(draw(index, key), key=key) for index, key in drawn])
         except ValueError as error:
             return error
 
@@ -881,9 +1203,17 @@ def build_command(arguments):
     print(f"{samples:,} samples; train on them with --data {Path(args.out) / 'manifest.jsonl'}")
 
 
+def frames_command(arguments):
+    parser = Parser("HOI4D's mp4 files -> the frames A0's sets look at.", prog="data.py hoi4d-frames")
+    parser.add_argument("--root", required=True, help="HOI4D_release, to go on with after an interruption")
+    parser.add_argument("--workers", type=within(0), help="processes that decode (default: one per core)")
+    print(f"{hoi4d_frames(**vars(parser.parse_args(arguments))):,} videos are decoded")
+
+
 def main():
-    if sys.argv[1:2] == ["build-manifest"]:
-        return build_command(sys.argv[2:])
+    commands = {"build-manifest": build_command, "hoi4d-frames": frames_command}
+    if command := commands.get(next(iter(sys.argv[1:]), None)):
+        return command(sys.argv[2:])
     known = ",".join(eval_sim.FAMILIES)
     parser = Parser("Make the tabletop dataset, or describe one. LIBERO: data.py build-manifest --help.")
     parser.add_argument("folder", nargs="?", help="describe this set, and compare it with its checksums")

@@ -36,6 +36,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import a0  # noqa: E402
 import cogact  # noqa: E402
 import eval_sim  # noqa: E402
 import vla0  # noqa: E402
@@ -171,7 +172,16 @@ def make_scenes(n, size, grid, start=0):
 
 class CogACT:
     """How CogACT looks and reads. Rows: <s> | patches | question </s>."""
-    method, start = cogact, 1                                         # tokens before the picture
+    method = cogact
+
+    @staticmethod
+    def sizes(cfg):
+        """Width of a question's state and of a patch's, layers."""
+        return cfg.llm_width, cfg.llm_width, cfg.llm_depth
+
+    @staticmethod
+    def answer(asker, batch, patches):
+        return in_rows(asker, batch, patches)
 
     @staticmethod
     def look(m, images):
@@ -203,7 +213,7 @@ class CogACT:
 
 class VLA0:
     """How VLA-0 looks and reads. Rows: user <|vision_start|> | patches | <|vision_end|> question answer."""
-    method, start = vla0, 4
+    method, start, sizes, answer = vla0, 4, CogACT.sizes, CogACT.answer
 
     @staticmethod
     def look(m, images):
@@ -236,7 +246,57 @@ class VLA0:
     skip = ()
 
 
-METHODS = {"cogact": CogACT, "vla0": VLA0}
+class A0:
+    """How A0 looks and reads: its denoiser looks at picture and text. It points at the way from X to Y."""
+    method, skip = a0, ()
+
+    @staticmethod
+    def sizes(cfg):
+        return cfg.width, cfg.siglip_width, cfg.depth
+
+    @staticmethod
+    def look(m, images):
+        """uint8 (B, 1, h, w, 3) -> (B, P, W), with a gradient: only from here on are the encoders frozen."""
+        pixels = images.flatten(0, 1).permute(0, 3, 1, 2).float() / 255
+        return m.siglip((pixels - 0.5) / 0.5).last_hidden_state
+
+    @staticmethod
+    def question(cfg, tokenizer, text, answer):
+        ids = a0.encode_text(text, cfg, tokenizer)
+        return ids, len(ids)
+
+    @staticmethod
+    def before(cfg, tokenizer):
+        return []
+
+    @staticmethod
+    def answer(asker, batch, patches):
+        """As `in_rows`, but the states are the denoiser's, and it points. The points start as pure noise, at
+        the last diffusion step, so nothing is given away; the reference frame is grey."""
+        m, (B, Q, L) = asker.model, batch["ids"].shape
+        grey = A0.look(m, torch.full_like(batch["images"][:1], a0.GREY)).expand_as(patches)
+        text = m.qwen(batch["ids"].flatten(0, 1), use_cache=False).last_hidden_state    # (B Q, L, .)
+        mask = torch.arange(L) < batch["length"].view(-1, 1)                            # (B Q, L)
+        lang, img, mask = m.adapt((text, mask, torch.cat([patches - grey, patches], 1)))
+        states, t = [], torch.full((1,), m.cfg.num_train_steps - 1)
+        keep = lambda block, given, x: states.append(x[:, 1:].mean(1).unflatten(0, (B, Q)))    # noqa: E731
+        hooks = [block.register_forward_hook(keep) for block in m.blocks()]             # (B, Q, D) each
+        noise = torch.randn(B * Q, m.cfg.horizon, 2)
+        points = m.model(m.state_adaptor(noise), t, lang, img.repeat_interleave(Q, 0), mask)
+        for hook in hooks:
+            hook.remove()
+        return states, None, points.unflatten(0, (B, Q))
+
+
+METHODS = {"a0": A0, "cogact": CogACT, "vla0": VLA0}
+
+
+def paths(row, counts):
+    """Answers (n, Q, ANSWERS) -> where X would be seen on its way to Y (no Y: it stays), (n, Q, 5, 2)."""
+    x = row[..., COLUMNS["x"]] * SCALE + [0, 0, 0.025]                                      # [m]
+    y = np.where(counts[..., COLUMNS["y"]], row[..., COLUMNS["y"]] * SCALE + [0, 0, 0.025], x)
+    way = x[..., None, :] + np.linspace(0, 1, 5)[:, None] * (y - x)[..., None, :]           # (n, Q, 5, 3)
+    return eval_sim.Camera.look_at(**eval_sim.THIRD).project(way, 1, 1).astype(np.float32)
 
 
 def in_words(row, counts):
@@ -253,45 +313,55 @@ def in_words(row, counts):
     return " ".join(str(int(n)) for n in np.rint(np.clip(numbers, -1, 1) * 50 + 50))
 
 
+def in_rows(asker, batch, patches):
+    """Questions read by a causal language model, Q of a picture in one row.
+
+    patches (B, P, D) -> states of each question's last token after every layer, a list of (B, Q, D); the
+    questions' own last states (B, Q, L, D); no points.
+    """
+    m, how, (B, Q, L) = asker.model, asker.how, batch["ids"].shape
+    embed = how.embedding(m)
+    #  <s> | patches ... | question 1 ... | question 2 ... |       N = s + P + Q L
+    #   0  | 1 ... P     | P+1 ...        | P+1 ...        |
+    # each question sees the picture and itself, at the places (second row) it would have alone
+    rows = torch.cat([embed(batch["before"]).expand(B, -1, -1), patches,
+                      embed(batch["ids"]).flatten(1, 2)], 1)                            # (B, N, D)
+    prefix = len(batch["before"]) + patches.shape[1]
+    who = torch.cat([torch.zeros(prefix), torch.arange(1, Q + 1).repeat_interleave(L)])     # (N,)
+    at = torch.cat([torch.arange(prefix), (prefix + torch.arange(L)).repeat(Q)])        # (N,)
+    causal = torch.ones(len(who), len(who), dtype=torch.bool).tril()
+    see = ((who[None] == who[:, None]) | (who[None] == 0)) & causal                     # (N, N)
+    out = how.read(m, rows, at, see, int(patches.shape[1] ** 0.5))
+    owns = [h[:, prefix:].unflatten(1, (Q, L))                                          # (B, Q, L, D) each
+            for h in (*out.hidden_states[1:-1], out.last_hidden_state)]
+    last = (batch["length"] - 1)[..., None, None].expand(-1, -1, 1, owns[0].shape[-1])
+    return [own.gather(2, last)[:, :, 0] for own in owns], owns[-1], None
+
+
 class Asker(torch.nn.Module):
     """The model with the linear answering heads on top. Q questions share one look at their picture."""
 
     def __init__(self, model, how):
         super().__init__()
-        self.model, self.how, D = model, how, model.cfg.llm_width
-        self.patch_head = torch.nn.Linear(D, len(COLOUR_NAMES) + len(SHAPE_NAMES) + 5)
+        self.model, self.how, (D, W, layers) = model, how, how.sizes(model.cfg)
+        self.patch_head = torch.nn.Linear(W, len(COLOUR_NAMES) + len(SHAPE_NAMES) + 5)
         self.answer_head = torch.nn.Linear(D, ANSWERS)
         self.task_head = torch.nn.Linear(D, 2 * len(TASKS))
-        self.point_heads = torch.nn.ModuleList(torch.nn.Linear(D, D) for _ in range(model.cfg.llm_depth - 1))
+        self.point_heads = torch.nn.ModuleList(torch.nn.Linear(D, W) for _ in range(layers - 1))
 
     def forward(self, batch):
-        """images (B, 1, h, w, 3), before (s,), ids (B, Q, L), length (B, Q) -> answers (B, P, .), (B, Q, .),
-        (B, Q, .), the questions' own states (B, Q, L, D), and scores of the patches, a list of (B, Q, P)."""
-        m, how, (B, Q, L) = self.model, self.how, batch["ids"].shape
-        patches = how.look(m, batch["images"])                                          # (B, P, D)
-        embed = how.embedding(m)
-        #  <s> | patches ... | question 1 ... | question 2 ... |       N = s + P + Q L
-        #   0  | 1 ... P     | P+1 ...        | P+1 ...        |
-        # each question sees the picture and itself, at the places (second row) it would have alone
-        rows = torch.cat([embed(batch["before"]).expand(B, -1, -1), patches,
-                          embed(batch["ids"]).flatten(1, 2)], 1)                        # (B, N, D)
-        prefix = len(batch["before"]) + patches.shape[1]
-        who = torch.cat([torch.zeros(prefix), torch.arange(1, Q + 1).repeat_interleave(L)])     # (N,)
-        at = torch.cat([torch.arange(prefix), (prefix + torch.arange(L)).repeat(Q)])    # (N,)
-        causal = torch.ones(len(who), len(who), dtype=torch.bool).tril()
-        see = ((who[None] == who[:, None]) | (who[None] == 0)) & causal                 # (N, N)
-        out = how.read(m, rows, at, see, int(patches.shape[1] ** 0.5))
-        owns = [h[:, prefix:].unflatten(1, (Q, L))                                      # (B, Q, L, D) each
-                for h in (*out.hidden_states[1:-1], out.last_hidden_state)]
-        last = (batch["length"] - 1)[..., None, None].expand(-1, -1, 1, owns[0].shape[-1])
-        *early, z = (own.gather(2, last)[:, :, 0] for own in owns)                      # (B, Q, D) each
-        scores = [head(e) @ patches.transpose(1, 2) * e.shape[-1] ** -0.5
+        """images (B, 1, h, w, 3), ids (B, Q, L), length (B, Q) -> answers (B, P, .), (B, Q, .), (B, Q, .);
+        the questions' own states (B, Q, L, D) or None, points (B, Q, 5, 2) or None, and scores of the
+        patches, a list of (B, Q, P)."""
+        patches = self.how.look(self.model, batch["images"])                            # (B, P, W)
+        (*early, z), own, points = self.how.answer(self, batch, patches)                # (B, Q, D) each
+        scores = [head(e) @ patches.transpose(1, 2) * patches.shape[-1] ** -0.5
                   for head, e in zip(self.point_heads, early)]
-        return self.patch_head(patches), self.answer_head(z), self.task_head(z), owns[-1], scores
+        return self.patch_head(patches), self.answer_head(z), self.task_head(z), own, points, scores
 
     def loss(self, batch):
         """(scalar, logs): answers of the text, answers of the picture."""
-        dense, answer, task, own, scores = self(batch)
+        dense, answer, task, own, points, scores = self(batch)
         C, S = len(COLOUR_NAMES), len(SHAPE_NAMES)
         colour, shape, where = dense.split([C, S, 5], -1)             # (B, P, .)
         what, thing = batch["what"], batch["what"][..., 0] < C - 1    # (B, P, 2), (B, P)
@@ -314,6 +384,9 @@ class Asker(torch.nn.Module):
             written = own[targets >= 0] @ self.how.embedding(self.model).weight.T
             logs["text"] = F.cross_entropy(written, targets[targets >= 0])
             total = total + logs["text"]
+        if points is not None:
+            logs["points"] = F.l1_loss(points, batch["points"])
+            total = total + 5 * logs["points"]
         return total, logs
 
 
@@ -333,6 +406,7 @@ def make_batch(scenes, picks, rng, asker, ask):
     for r, (line, n) in enumerate(asked):
         targets[r, n - 1:len(line) - 1] = ids[r, n:len(line)]
     return {"images": rgb[:, None], "before": torch.tensor(how.before(cfg, tokenizer)),
+            "points": torch.from_numpy(paths(row.numpy(), counts.numpy())),
             "ids": ids.view(len(picks), ask, L), "targets": targets.view(len(picks), ask, L),
             "length": torch.tensor([n for _, n in asked]).view(len(picks), ask), "what": what.long(),
             "where": where, "where_scale": torch.tensor([4.0, 4.0, 1, 1, 1]), "task": task, "answer": row,
@@ -378,6 +452,8 @@ def main():
     how = METHODS[a.model]
     cfg = how.method.PRESETS["tiny"]
     model = how.method.Model(cfg, how.method.load_tokenizer(cfg))
+    if how is A0:
+        model.requires_grad_(True)                                    # its encoders are frozen from then on
     if a.init:
         print(f"fresh: {len(model.load_state_dict(load_weights(a.init), strict=False).missing_keys)} tensors")
     grid = cfg.image_size // cfg.patch_size // getattr(cfg, "merge_size", 1)

@@ -19,6 +19,7 @@ After its test, every tensor that is not an input, a weight or for information m
 import fnmatch
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -142,14 +143,19 @@ class Recordings:
             return pytest.mark.golden(pytest.mark.parametrize("case", cases, ids=repr)(test))
         return mark
 
-    def check(self):
-        """To be called by a test: the manifest is there, finds something, and every entry has its test."""
+    def check(self, *others):
+        """To be called by a test: the manifest is there, finds something, and every entry has its test.
+
+        others: test files beside the caller's that replay some of the kinds.
+        """
         assert not self.problem, self.problem
         assert self.cases, f"{self.folder}/manifest.json lists no files"
-        unknown = {f"{c.file}: {c.kind}" for c in self.cases if c.kind not in self.replayed}
+        replayed = self.replayed.union(*(re.findall(r'\.replays\("(\w+)"\)', (HERE / name).read_text("utf-8"))
+                                         for name in others))
+        unknown = {f"{c.file}: {c.kind}" for c in self.cases if c.kind not in replayed}
         assert not unknown, f"no test replays these kinds: {sorted(unknown)}"
         gone = [c.file for c in self.cases
-                if c.file not in c.third_party and not (self.folder / c.file).is_file()]
+                if c.file not in c.third_party and not (self.folder / c.file).exists()]    # folders, too
         assert not gone, f"{self.folder} lacks {gone}"
 
 

@@ -766,21 +766,25 @@ class Writer:
         n = ((said == draft).cumprod(1).sum(1) + 1).clamp(max=K)                    # (B,) committed now
         end = torch.where(said == END, k, K).amin(1)                                # the first end
         n = torch.where(self.done, 0, torch.minimum(n, end + 1).minimum(self.limit - self.count))
-        same = (said >= SPACE) == (draft >= SPACE)             # the numbers keep their lengths
-        fresh = (k < n[:, None]) | (same & (self.cfg.redraft == "jacobi"))
-        self.text.scatter_(1, at, torch.where(fresh & ~self.done[:, None], said, draft))
-        last = (self.count + n)[:, None]                                           # (B, 1) the last committed
-        mine, guess = (x.gather(1, (n - 1).clamp(min=0)[:, None]) for x in (said, draft))
-        # A number that turned out longer or shorter than guessed moves all that is guessed behind it.
-        next_end = torch.where((self.text >= SPACE) & (self.spots > last), self.spots, len(self.spots) - 1)
-        shorter = (mine >= SPACE) & (guess < SPACE)
-        longer = (mine < SPACE) & (guess >= SPACE)
-        shift = torch.where(shorter, next_end.amin(1, keepdim=True) - last, torch.where(longer, -1, 0))
-        shift = torch.where(self.done[:, None] | (self.spots <= last), 0, shift)    # (B, size)
-        self.text = self.text.gather(1, (self.spots + shift).clamp(max=len(self.spots) - 1))
-        self.text.scatter_(1, last + 1, torch.where(shift[:, -1:] < 0, guess, self.text.gather(1, last + 1)))
+        fresh = (k < n[:, None]) | (self.cfg.redraft == "jacobi")
+        new = self.text.scatter(1, at, torch.where(fresh & ~self.done[:, None], said, draft))
+        self.text = self.align(self.text, new)
         self.done |= (end < n) | (self.count + n >= self.limit)
         self.count += n
+
+    def align(self, old, new):
+        """A number of `new` that ends before that of `old` takes the rest of it away; one that goes on gets a
+        place more. What stands behind moves along. old, new: (B, size) symbols, place by place."""
+        ended, longer = ((a >= SPACE) & (b < SPACE) for a, b in ((new, old), (old, new)))
+        first = F.pad(torch.where(old >= SPACE, self.spots, -1).cummax(1).values, (1, -1), value=-1) + 1
+        gone = F.pad(torch.where(ended, self.spots, -1).cummax(1).values, (1, -1), value=-1) >= first
+        length = torch.where(gone, 0, 1 + longer.long())
+        to = length.cumsum(1) - length                                              # (B, size)
+        size = len(self.spots)
+        out = torch.full_like(F.pad(old, (0, 1)), SPACE)                            # one more, for what goes
+        out.scatter_(1, torch.where(longer & ~gone, to + 1, size).clamp(max=size), old)
+        out.scatter_(1, torch.where(gone, size, to).clamp(max=size), new)
+        return out[:, :size]
 
     def __iter__(self):
         """Write to the end; yields after every look at the device: once per pass when speculating."""

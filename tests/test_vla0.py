@@ -1745,6 +1745,9 @@ def test_newer_names_and_nested_config_load_too(tmp_path):
                     rename=lambda n: next(new[p] + n.removeprefix(p) for p in new if n.startswith(p)))
     shard = path / "model_last" / "model-00001-of-00002.safetensors"
     save_file(load_file(shard) | {"lm_head.weight": torch.zeros(512, 32)}, shard)
+    with pytest.raises(ValueError, match="lm_head.weight is not model.embed_tokens.weight"):
+        from_official(path)
+    save_file(load_file(shard) | {"lm_head.weight": model.model.embed_tokens.weight.detach().clone()}, shard)
     again = from_official(path, vision_id=False, repetition_penalty=1.0)
     assert again.cfg.mrope_section == (1, 1, 2) and again.cfg.rope_theta == 1e4
     seen = samples(model.cfg, 2)

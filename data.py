@@ -19,6 +19,7 @@ THE SAMPLE: a dict, one per (episode, frame), of numpy arrays and strings; nothi
                                                 sample without actions for a0 needs no state, loss_mask
    embodiment      str                          which robot and control convention
    history_images  {view: (n, h, w, 3) uint8}   earlier frames, oldest first
+   history_actions (n, A) float32               the action at each of them
    action_text     str                          the actions as numbers in text, some digits hidden as X; a
                                                 method that writes text (vla0) takes it instead of `actions`
 
@@ -130,10 +131,11 @@ def _check_array(what, x, dtype, shape):
 # ---- The tabletop dataset: made on first use --------------------------------------------------------------
 
 def tabletop(split="train", episodes=None, families=None, views=("third",), image_size=64, horizon=8,
-             cache=None, workers=None):
+             history=1, cache=None, workers=None):
     """The simulator's expert as a dataset (`Episodes`): generated on first use, with a bar, then only opened.
 
     families: task families (None: the default ones). views: cameras, image_size x image_size pixels each.
+    history: frames that a sample shows, at most; the newest is `images`, the others `history_images`.
     cache: the folder that holds generated sets (None: $XDG_CACHE_HOME/plainvla, else ~/.cache/plainvla).
     workers: processes that generate (None: one per usable core; 0: this one); no byte depends on them.
     After an interruption, whole shards are kept. Raises ValueError for unknown names and for a torn shard.
@@ -157,7 +159,7 @@ def tabletop(split="train", episodes=None, families=None, views=("third",), imag
         with _one_at_a_time(folder / ".lock"):             # all ranks of a run come here; the first works
             if not _is_made(folder):
                 _generate(folder, made_from, seeds, workers)
-    return Episodes(folder, horizon)
+    return Episodes(folder, horizon, history)
 
 
 def _is_made(folder):
@@ -321,8 +323,8 @@ class Episodes(torch.utils.data.Dataset):
     dict each: seed, family, instruction, frames, shard, start (its first frame in the shard).
     """
 
-    def __init__(self, folder, horizon=8):
-        self.folder, self.horizon = Path(folder), horizon
+    def __init__(self, folder, horizon=8, history=1):
+        self.folder, self.horizon, self.history = Path(folder), horizon, history
         manifest = _manifest(folder)
         self.stats, self.made_from = manifest["stats"], manifest["made_from"]
         self.files, self.shards, self.episodes = [], {}, []
@@ -364,7 +366,11 @@ class Episodes(torch.utils.data.Dataset):
         actions = np.zeros((self.horizon, labels.shape[1]), np.float32)                  # (T, A)
         actions[:n], actions[n:, -1] = labels, labels[-1, -1]      # the rest: no motion, the last gripper
         views, subtask = self.made_from["views"], shard.read("subtask", i, i + 1)[0]
-        return {"images": {view: shard.read(f"images.{view}", i, i + 1)[0] for view in views},
+        past, first = {}, max(e["start"], i - self.history + 1)
+        if self.history > 1:
+            past = {"history_images": {view: shard.read(f"images.{view}", first, i) for view in views},
+                    "history_actions": shard.read("actions", first, i)}                  # (n, .), n < history
+        return {**past, "images": {view: shard.read(f"images.{view}", i, i + 1)[0] for view in views},
                 "instruction": e["instruction"], "state": shard.read("state", i, i + 1)[0],
                 "actions": actions, "loss_mask": counts, "dataset": NAME,
                 "subtask": shard.subtasks[subtask], "waypoints": shard.read("waypoints", i, i + 1)[0],
@@ -916,16 +922,16 @@ def _at_15_hz(path):
 # ---- --data: the tabletop, or a function of yours ---------------------------------------------------------
 
 def open_dataset(spec=NAME, split="train", horizon=8, views=("third",), image_size=64, action_dim=None,
-                 state_dim=None, **options):
+                 state_dim=None, history=1, **options):
     """The dataset that `--data SPEC` names.
 
     "tabletop", "tabletop:pick,put", "tabletop:all": the embedded set; `options` go to `tabletop`.
     "PATH/manifest.jsonl": VLA-0's community form (see `Manifest`); no validation set if too short: None.
     "maniskill=DIR+hoi4d=DIR": A0's forms, mixed; "a0=DIR": the official five. "val" is their test split.
-    "my_file.py:make_dataset": your function, called with those of split, horizon, views and image_size that
-    it takes by name. It returns something with len() and [i], or an iterable (see `loader`); an attribute
-    `stats` of it replaces the statistics pass. Samples are checked as they are read, the first one at once. A
-    function that takes no `split` has no validation set: None is returned for any split but "train".
+    "my_file.py:make_dataset": your function, called with those of split, horizon, views, image_size and
+    history that it takes by name. It returns something with len() and [i], or an iterable (see `loader`); an
+    attribute `stats` of it replaces the statistics pass. Samples are checked as they are read, the first one
+    at once. A function that takes no `split` has no validation set: None for any split but "train".
     """
     path, _, name = spec.rpartition(":")
     expect = {"horizon": horizon, "views": views, "action_dim": action_dim, "state_dim": state_dim}
@@ -933,7 +939,8 @@ def open_dataset(spec=NAME, split="train", horizon=8, views=("third",), image_si
         data = Checked(Manifest(spec, split, horizon), spec, expect)
         return data if len(data) and data[0] else None
     if path.endswith(".py"):
-        offered = {"split": split, "horizon": horizon, "views": views, "image_size": image_size}
+        offered = {"split": split, "horizon": horizon, "views": views, "image_size": image_size,
+                   "history": history}
         return _user_dataset(path, name, offered, expect)
     parts = [part.partition("=") for part in re.split(r"\+(?=[\w-]+=)", spec)]
     if all(equals for _, equals, _ in parts) and not Path(spec).exists():
@@ -947,7 +954,7 @@ def open_dataset(spec=NAME, split="train", horizon=8, views=("third",), image_si
         chosen = options.pop("families", None)
         chosen = eval_sim.FAMILIES if families == "all" else families.split(",") if families else chosen
         return tabletop(split, families=chosen, views=views, image_size=image_size, horizon=horizon,
-                        **options)
+                        history=history, **options)
     found = "a folder" if Path(spec).is_dir() else "a file" if Path(spec).exists() else "nothing there"
     raise ValueError(f"--data {spec}: found {found}. Give {NAME}, {NAME}:pick,put, {NAME}:all, a "
                      "manifest.jsonl, maniskill=DIR (A0's sets), or my_file.py:make_dataset (a function of "

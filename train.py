@@ -363,6 +363,8 @@ def open_data(args, cfg):
     """(training set, validation set or None) that --data names."""
     wanted = {"horizon": cfg.horizon, "views": cfg.views, "image_size": cfg.image_size,
               "action_dim": cfg.action_dim, "state_dim": getattr(cfg, "state_dim", 0) or None}
+    if hasattr(cfg, "history") and cfg.action_dim != 2:        # frames (a0's second one is a reference)
+        wanted["history"] = cfg.history
     where = {"cache": args.cache} if args.cache else {}
     episodes = {"episodes": args.data_episodes} if args.data_episodes else {}
     return (data.open_dataset(args.data, "train", **wanted, **where, **episodes),

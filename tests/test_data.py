@@ -830,3 +830,16 @@ def test_full_disk_is_one_line_and_leaves_no_torn_shard(tmp_path):
     assert code == 2 and "cannot write" in err.splitlines()[-1] and "Traceback" not in err
     assert [path.name for path in next(tmp_path.glob("tabletop-*")).iterdir()] == [".lock"]
     assert len(data.tabletop(episodes=3, image_size=32, workers=0, cache=tmp_path).episodes) == 3
+
+
+def test_history_is_the_frames_before_of_the_same_episode(tmp_path):
+    alone, with_past = (data.tabletop("val", 2, ("pick",), image_size=32, horizon=2, history=n, cache=tmp_path,
+                                      workers=0) for n in (1, 3))
+    for i in range(len(alone)):
+        sample, first = with_past[i], next(s for s in reversed(alone.starts.tolist()) if s <= i)
+        frames, actions = sample["history_images"]["third"], sample["history_actions"]
+        assert len(frames) == len(actions) == min(2, i - first)
+        for back, (frame, action) in enumerate(zip(frames[::-1], actions[::-1]), 1):
+            assert np.array_equal(frame, alone[i - back]["images"]["third"])
+            assert np.array_equal(action, alone[i - back]["actions"][0])
+    assert "history_images" not in alone[3]

@@ -1,0 +1,878 @@
+"""robovlms.py: recordings of the official code, the sheet's checklist, the matrix, what a user can get wrong."""
+import fnmatch
+import importlib.util
+import json
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+
+import robovlms
+from common import normalize
+from golden_cases import Recordings
+from robovlms import (ADAPTERS, CELLS, PRESETS, ActionTokens, Config, Head, Model, Policy, collate, configure,
+                      from_pretrained, load_tokenizer, prepare)
+
+ROOT = Path(robovlms.__file__).resolve().parent
+GOLDEN = Recordings("robovlms")
+TINY = PRESETS["tiny"]
+LOW, HIGH = [-0.1] * 6 + [0.0], [0.1] * 6 + [1.0]
+STATS = {"toy": {"action": {"q01": LOW, "q99": HIGH, "min": LOW, "max": HIGH, "mask": [True] * 6 + [False]}}}
+HEAD_NAMES = {"FCDecoder": "mlp", "LSTMDecoder": "lstm", "GPTDecoder": "gpt", "DiscreteDecoder": "discrete"}
+SMALL = dict(vit_heads=2, llm_heads=4, llm_kv_heads=4, norm_min=-0.65, mlp_widths=(1024, 512, 256))
+
+
+def replays(*kinds):
+    """As GOLDEN.replays, for several kinds; here a tensor without a tolerance is an input or a weight."""
+    def mark(function):
+        def test(case):
+            bounds = case.load().entry["tolerance"]
+            case.entry["inputs"] = [n for n in case.tensors if not any(fnmatch.fnmatchcase(n, k) for k in bounds)]
+            with torch.no_grad():
+                function(case)
+            case.finish()
+        GOLDEN.replayed.update(kinds)
+        cases = [case for case in GOLDEN.cases if case.kind in kinds]
+        return pytest.mark.golden(pytest.mark.parametrize("case", cases, ids=repr)(test))
+    return mark
+
+
+def fill(name, shape, seed=0):
+    spec = importlib.util.spec_from_file_location("fill", GOLDEN.folder / "fill.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.fill(name, tuple(shape), seed)
+
+
+def filled(rule):
+    """The tensors of a manifest's weights rule: fill, add, multiply."""
+    return {n: (fill(rule["prefix"] + n, shape) + rule["add"].get(n, 0)) * rule["multiply"].get(n, 1)
+            for n, shape in rule["params"].items()}
+
+
+def head_config(rule, **more):
+    a = rule["args"]
+    assert rule["mlp_widths"] == list(Config().mlp_widths)
+    return dict(head=HEAD_NAMES[rule["cls"]], width=a["hidden_size"], latent=a["latent"], action_dim=a["action_dim"],
+                horizon=a["fwd_pred_next_n"], history=a["window_size"], **more)
+
+
+def recorded_head(rule, width):
+    c = head_config(rule)
+    c["formulation"] = "policy_head" if c["head"] in ("lstm", "gpt") else "interleaved"
+    head = Head(Config(**c, llm_width=width, llm_heads=2, vit_heads=2)).eval()
+    head.load_state_dict(filled(rule["weights"]))
+    return head
+
+
+def losses(case, head, features, arm, gripper, mask, names, whole=""):
+    """Compare the loss of a head with the recorded one. names: {ours: recorded}."""
+    target = torch.cat([arm, gripper[..., None]], -1).float()
+    _, log = head.loss(features, target, mask)
+    for ours, theirs in names.items():
+        case.compare(theirs, log[ours])
+    if whole:                                                  # the plain sum: not what is optimized
+        case.compare(whole, log["arm"] + log["gripper"])
+
+
+# ---- Recordings of the official code: heads, actions, text ------------------------------------------------
+
+@replays(*("head_" + n for n in (
+    "fc_none_latent1", "fc_none_latent2", "fc_pooling", "fc_pooling_latent2", "fc_3d", "lstm_none_latent1", "gpt_none",
+    "lstm_none_latent2", "lstm_pooling_latent1", "gpt_samewidth_latent2")))
+def test_heads_and_their_losses_match(case):
+    head = recorded_head(case.config["head"], case["input"].shape[-1])
+    x, arm, gripper, mask = (case[n] for n in ("input", "label_arm", "label_gripper", "mask"))
+    if x.ndim == 3:                                            # without a step axis: one step
+        x, arm, gripper, mask = x[:, None], arm[:, None], gripper[:, None], mask[:, None]
+    got, logit = head(x)
+    case.compare("arm", got.reshape(case["arm"].shape).detach())
+    case.compare("gripper", logit.reshape(case["gripper"].shape).detach())
+    for kind, m in (("mask", mask), ("nomask", torch.ones_like(mask))):
+        losses(case, head, x, arm, gripper, m, {"arm": f"{kind}_loss_arm", "gripper": f"{kind}_loss_gripper",
+                                                "gripper_accuracy": f"{kind}_acc_gripper"})
+
+
+@replays("rollout_lstm", "rollout_gpt")
+def test_rollouts_match(case):
+    """One observation per call; from step W + 1 on, a fresh pass over the last W inputs."""
+    c, x = case.config, case["inputs"][:, 0]                               # (T, 1, 1, D)
+    head, W = recorded_head(c["head"], x.shape[-1]), c["window_size"]
+    out = [head(x[max(0, t + 1 - W):t + 1].transpose(0, 1)) for t in range(c["steps"])]
+    case.compare("arm", torch.stack([arm[:, -1:] for arm, _ in out]))
+    case.compare("gripper", torch.stack([g[:, -1:, :, None] for _, g in out]))
+
+
+def action_tokens(c):
+    specials = c.get("special_tokens_map", {str(i): "x" for i in range(c["n_special"])} if "n_special" in c else {})
+    return ActionTokens(c["vocab_size"], specials, c["bins"], c["min_action"], c["max_action"])
+
+
+@replays("head_discrete_loss")
+def test_discrete_loss_matches(case):
+    tokens = action_tokens(case.config)
+    assert (tokens.base, tokens.begin, tokens.end) == tuple(case.config[k] for k in ("orig_size", "begin_idx", "end_idx"))
+    case.seen |= {"actions", "action_ids"}
+    assert np.array_equal(tokens.encode(case["actions"].numpy()), case["action_ids"].numpy())
+    loss, log = robovlms.discrete_loss(case["logits"], case["labels"], tokens)
+    for ours, theirs in (("loss", "loss_arm"), ("arm_accuracy", "acc_arm"), ("gripper_accuracy", "acc_gripper"),
+                         ("l1", "action_l1")):
+        case.compare(theirs, log[ours])
+
+
+@replays("action_tokenizer")
+def test_action_tokens_match(case):
+    for i, c in enumerate(case.json()):
+        tokens = action_tokens(c)
+        shape = case.config["ids_2d_reshape"]
+        got = {"token_ids": tokens.encode(np.array(c["actions"])).tolist(), "orig_size": tokens.base,
+               "begin_idx": tokens.begin, "end_idx": tokens.end, "n_special": c["vocab_size"] - 10 - tokens.base,
+               "decoded": tokens.decode(c["token_ids"]), "out_of_range_decoded": tokens.decode(c["out_of_range_ids"]),
+               "ids_2d": tokens.encode(np.array(c["actions"][:14]).reshape(shape)).tolist()}
+        for name, value in got.items():
+            case.compare(name, value, c[name])
+
+
+@replays("normalization")
+def test_normalization_matches(case):
+    c, a = case.config, case["action"].numpy()
+    scaled = robovlms.scale_arm(a, c["norm_min"], c["norm_max"])
+    every = robovlms.scale_arm(np.concatenate([a, a[:, :1]], 1), c["norm_min"], c["norm_max"])[:, :-1]
+    calvin = robovlms.official_stats("calvin")["calvin"]["action"]
+    back = robovlms.denormalize_actions(a, a[:, 0] > 0, {k: [v[0]] * 8 for k, v in calvin.items()}, Config())[:, :-1]
+    mu, regular = c["mu"], (c["x_mean"], c["x_std"])
+    law, plain = robovlms.squash(a[0].astype(np.float64), mu=mu), robovlms.unsquash(a[0], regular)
+    got = {"normalize_keep_last": scaled, "normalize_all": every, "unnormalize_all": back,
+           "unnormalize_keep_last": np.concatenate([back[:, :-1], a[:, -1:]], 1), "mu_law_1d": law,
+           "mu_law_2d": robovlms.squash(a.astype(np.float64), mu=mu), "inv_mu_law_1d": robovlms.unsquash(law, mu=mu),
+           "regularize_2d": robovlms.squash(a, regular), "unregularize_1d": np.append(plain[:-1], a[0, -1]),
+           "calvin_gripper_label": robovlms.gripper_label(case["calvin_gripper_in"].numpy(), "signed")}
+    for name, value in got.items():
+        case.compare(name, value)
+    case.seen |= {"norm_min", "norm_max"}
+
+
+@replays("random_shift_per_image", "random_shift_traj")
+def test_random_shifts_match(case):
+    image, shift = case["image"], case["shift"].flatten(1).long().tolist()
+    frames = image.flatten(0, -4)
+    got = np.stack([robovlms.random_shift(x.permute(1, 2, 0).numpy(), case.config["pad"], *xy)
+                    for x, xy in zip(frames, shift)])
+    case.compare("output", np.moveaxis(got, -1, 1).reshape(image.shape))
+
+
+def calvin_frames(case):
+    a = case["actions"].numpy() if "actions" in case else case["action"].numpy()
+    return robovlms.scale_arm(a, case.config["norm_min"], case.config["norm_max"])
+
+
+@replays("calvin_collate")
+def test_calvin_chunks_match(case):
+    c = case.config
+    W, K, a, mask = c["window_size"], c["fwd_pred_next_n"], calvin_frames(case), case["action_mask"].numpy()
+    case.compare("out_action", a[:, :W + K - 1])
+    case.compare("out_action_chunck", np.stack([robovlms.chunks_of(x[:-1], K) for x in a]))
+    case.compare("out_chunck_mask", np.stack([robovlms.chunks_of(x[:-1], K) for x in mask]))
+    case.compare("out_fwd_mask", np.stack([robovlms.chunks_of(x[1:], K) for x in mask]))
+    hand = torch.cat([case["out_hand_rgb"], case["out_fwd_hand_rgb_chunck"][:, W - 1]], 1).numpy()
+    for name, x in (("rgb", case["rgb_static"].numpy()), ("hand_rgb", hand)):
+        case.compare(f"out_{name}", x[:, :W])
+        case.compare(f"out_fwd_{name}_chunck", np.stack([robovlms.chunks_of(y[1:], K) for y in x]))
+    batch = collate([{"ids": torch.zeros(3, dtype=torch.long)}] * 2, Config())
+    case.compare("out_text", batch["ids"])
+    case.compare("out_text_mask", batch["mask"].long())
+
+
+def stand_in_ids(text, e):
+    """The recordings' stand-in tokenizer."""
+    text = text.replace(e["remove"], "")[:e["max_characters"]]
+    return e["prefix_with_special"] + [e["id_offset"] + ord(x) % e["ord_modulo"] for x in text]
+
+
+def discrete_rows(case, actions, mask, openx):
+    c, steps = case.config, case.config["fwd_pred_next_n"]
+    text = robovlms.openx_prompt(c["lang"], steps + (not openx), c["tokenizer"]["bos_token"],
+                                 c["tokenizer"]["eos_token"])
+    assert openx or c["prompt_human"] in text
+    prompt, K = stand_in_ids(text, c["tokenizer"]["encode"]), c["fwd_pred_next_n"]
+    rows = [robovlms.action_row(prompt, chunk, m, action_tokens(c["action_tokenizer"]), 2, openx)
+            for chunk, m in zip(robovlms.chunks_of(actions, K), robovlms.chunks_of(mask, K))]
+    return [torch.stack(x)[:c["window_size"]] for x in zip(*rows)]
+
+
+@replays("calvin_wrap_discrete")
+def test_calvin_discrete_rows_match(case):
+    ids, labels = discrete_rows(case, case["actions"].numpy(), case["action_mask"].numpy(), False)
+    case.compare("input_ids", ids)
+    case.compare("labels", labels)
+
+
+def openx_chunks(case):
+    c, a, mask = case.config, calvin_frames(case), case["episode_mask"].numpy()
+    K = c["fwd_pred_next_n"]
+    case.compare("out_action_tensors", a[:-1])
+    case.compare("out_action_mask", mask[:-1])
+    case.compare("out_action_chunk", robovlms.chunks_of(a[:-1], K))
+    case.compare("out_action_chunk_mask", robovlms.chunks_of(mask[:-1], K))
+    images = np.moveaxis(case["images"].numpy(), -1, 1).astype(np.float32)
+    return a, mask, images
+
+
+@replays("oxe_transform_interleave_discrete")
+def test_openx_discrete_rows_match(case):
+    c = case.config
+    a, mask, images = openx_chunks(case)
+    a[:, -1] = 2 * a[:, -1] - 1
+    ids, labels = discrete_rows(case, a[:-1], mask[:-1], True)
+    case.compare("out_input_ids", ids)
+    case.compare("out_labels", labels)
+    case.compare("out_image_tensors", images[:c["window_size"]])
+    case.compare("out_image_chunk", robovlms.chunks_of(images[1:], c["fwd_pred_next_n"]))
+    case.compare("out_image_chunk_mask", robovlms.chunks_of(mask[1:], c["fwd_pred_next_n"]))
+    case.compare("out_attention_mask", (~action_tokens(c["action_tokenizer"]).holds(ids)).byte())
+
+
+@replays("oxe_transform_interleave_continuous")
+def test_openx_continuous_samples_match(case):
+    c = case.config
+    _, mask, images = openx_chunks(case)
+    text = robovlms.openx_prompt(c["lang"], c["fwd_pred_next_n"], "<s>", "</s>")
+    ids = stand_in_ids(text, c["tokenizer"]["encode"]) + c["tokenizer"]["encode"]["suffix_with_special"]
+    case.compare("out_input_ids", ids)
+    case.compare("out_labels", ids)
+    case.compare("out_attention_mask", np.ones(len(ids), np.uint8))
+    case.compare("out_image_tensors", images[:c["window_size"]])
+    case.compare("out_image_chunk", robovlms.chunks_of(images[1:], c["fwd_pred_next_n"]))
+    case.compare("out_image_chunk_mask", robovlms.chunks_of(mask[1:], c["fwd_pred_next_n"]))
+
+
+@replays("prompts")
+def test_prompts_match(case):
+    c, want = case.config, case.json()["prompts"]
+    for name, b in c["builders"].items():
+        if name in ("phi", "phi_mpt", "qwen"):                 # the others are for names none of the seven has
+            got = robovlms.openx_prompt(c["task"], c["K"], b["bos"], b["eos"])
+            case.compare(name, got, want[name])
+    instruction, eos = c["text_functions"]["input"][0], c["text_functions"]["tokenizer"]["eos_token"]
+    for name in want:
+        backbone = name.removeprefix("text_fn_")
+        if name.startswith("text_fn_") and backbone != "llava_orig":       # unused upstream
+            got = robovlms.wrapper_prompt(backbone, instruction, eos)
+            case.compare(name, got, want[name]["text"][0])
+            assert want[name]["kwargs"].get("add_special_tokens", True) == (backbone != "paligemma")
+
+
+@replays("image_preprocess")
+def test_image_preprocessing_matches(case):
+    image = torch.from_numpy(robovlms.resize(case["image"].numpy(), case.config["size"][0]))
+    assert robovlms.CLIP_PIXELS == (tuple(case.config["mean"]), tuple(case.config["std"]))
+    case.compare("output", robovlms.normalize_pixels(image[None], *robovlms.CLIP_PIXELS)[0])
+
+
+@replays("half_cosine")
+def test_half_cosine_schedule_matches(case):
+    """train.py's cosine, raised by min_lr_scale (which no released recipe uses)."""
+    from train import lr_factor
+    c, want = case.config, case.json()
+    for step, scale in zip(want["steps"], want["scale"]):
+        cfg = SimpleNamespace(warmup=c["warmup_iters"], steps=c["iters"], lr_schedule="cosine")
+        low = c["min_lr_scale"]
+        got = step / c["warmup_iters"] if step < c["warmup_iters"] else low + (1 - low) * lr_factor(cfg, step)
+        case.compare("scale", got, scale)
+
+
+@replays("perceiver_resampler")
+def test_perceiver_resampler_matches(case):
+    c, x = case.config, case["input"]
+    net = robovlms.PerceiverResampler(c["dim"], c["depth"], c["num_latents"], c["dim_head"], c["heads"])
+    net.load_state_dict(case.weights(c["weights"]["prefix"]))
+    case.compare("output", net(x.flatten(2, 3).flatten(0, 1)).reshape(case["output"].shape).detach())
+
+
+@replays("gated_cross_attention")
+def test_gated_cross_attention_matches(case):
+    c, text, media = case.config, case["text"], case["media"]
+    net = robovlms.GatedCrossAttention(c["dim"], c["dim_visual"], c["dim_head"], c["heads"])
+    net.load_state_dict(case.weights(c["weights"]["prefix"]))
+    times = case["media_locations"].long().cumsum(1)[..., None]                            # (B, L, 1)
+    which = torch.arange(1, media.shape[1] + 1)
+    case.compare("output", net(text, media, times == which))
+    cached = times[:, -1:].expand(-1, 2, -1)
+    case.compare("output_cached_first2", net(text[:, :2], media, cached == which))
+    some = (times > 0)[..., 0].numpy()       # a word before all media: officially an average over all, here nothing
+    case.compare("output_all_previous_media", net(text, media, times >= which)[some], part=some)
+    net.attn_gate.zero_(), net.ff_gate.zero_()
+    assert torch.equal(net(text, media, times == which), text)
+
+
+# ---- Recordings: whole models -----------------------------------------------------------------------------
+
+def model_config(c):
+    """The Config of a recorded KosMos, PaliGemma or Flamingo model."""
+    kinds = {"pre": "interleaved", "video": "video"}
+    space, W = c["action_space"], c["window_size"]
+    a = c["act_head"]
+    values = dict(
+        SMALL, backbone=c.get("backbone", "flamingo"), history=W, horizon=c["fwd_pred_next_n"],
+        head=HEAD_NAMES[a["type"]], latent=a["latent"], width=a["hidden_size"], fill_zero=a.get("fill_zero", False),
+        formulation=kinds.get(c["history_type"], "one_step" if W == 1 else "policy_head"),
+        read=a.get("token_source", "all") if space == "down_sample" else "query", n_bin=a.get("n_bin", 256),
+        views=("third", "wrist") if c["gripper_camera"] else ("third",), llm_width=c["hidden_size"], dropout=0.1,
+        bos=c["tokenizer"].get("bos_token") is not None, eos=c["tokenizer"].get("eos_token") is not None,
+        resampler=c.get("use_vision_resampler", False))
+    if space == "discrete":
+        values |= {"formulation": "one_step", "history": 1}
+    b = c.get("backbone_config")
+    if values["backbone"] == "kosmos":
+        t, v = b["text_config"], b["vision_config"]
+        values |= dict(vocab=t["vocab_size"], llm_depth=t["layers"], llm_mlp=t["ffn_dim"], pad_id=1,
+                       llm_heads=t["attention_heads"], image_tokens=b["latent_query_num"])
+    elif values["backbone"] == "paligemma":
+        t, v = b["text_config"], b["vision_config"]
+        values |= dict(vocab=t["vocab_size"], llm_depth=t["num_hidden_layers"], llm_mlp=t["intermediate_size"],
+                       llm_heads=t["num_attention_heads"], llm_kv_heads=t["num_key_value_heads"],
+                       llm_head_dim=t["head_dim"], pad_id=0)
+    else:
+        p, v, ids = c["perceiver"], c["vision"], c["token_ids"]
+        lm = c["language_model_config"]
+        values |= dict(llm={"gpt_neox": "neox"}.get(c["language_model"], "mpt"), vocab=lm["vocab_size"],
+                       llm_depth=lm.get("n_layers", lm.get("num_hidden_layers")), cross_every=c["cross_attn_every_n_layers"],
+                       llm_mlp=lm.get("intermediate_size", 1), resampler_depth=p["depth"],
+                       resampler_latents=p["num_latents"], vit_width=p["dim"], vit_mlp=16, vit_depth=1, vit_heads=1,
+                       image_size=v["image_size"], patch_size=v["patch"], pad_id=ids["pad"],
+                       image_start_id=ids["<image>"], image_end_id=ids["<|endofchunk|>"])
+        return Config(**values)
+    return Config(**values | dict(vit_width=v["hidden_size"], vit_depth=v["num_hidden_layers"], vit_mlp=v["intermediate_size"],
+                                  vit_heads=v["num_attention_heads"], image_size=v["image_size"], patch_size=v["patch_size"]))
+
+
+def recorded_model(case):
+    c = case.config
+    model, own = Model(model_config(c)).eval(), {}
+    stored = load_file(case.path(c["backbone_weights"]["source"]))
+    state = {n: t for n, t in stored.items() if not n.endswith("lm_head.weight")}
+    if "head" in c:
+        state |= {f"act_head.{n}": t for n, t in filled(c["head"]["weights"]).items()}
+    if "action_token" in c and c["action_token"] and c["action_space"] == "continuous":
+        t = c["action_token"]
+        state["action_token"] = t["scale"] * fill(t["fill_name"], t["shape"])
+    for n, p in model.named_parameters():
+        if n.startswith("vision_resampler."):
+            norm = n.endswith("weight") and p.ndim == 1
+            state[n] = fill(n, p.shape) + norm
+    model.load_state_dict(state)
+    return model
+
+
+def pictures(case):
+    return torch.stack([case[n] for n in ("rgb", "hand_rgb") if n in case], 2)             # (B, W, V, 3, h, w)
+
+
+@replays(*("kosmos_" + n for n in (
+    "post_lstm", "post_lstm_static_only", "post_lstm_latent2", "post_gpt", "onestep_fc", "interleaved_fc", "video_fc",
+    "down_sample_all", "down_sample_text", "down_sample_vision", "post_lstm_fill_zero", "post_lstm_no_eos_bos",
+    "post_lstm_resampler", "onestep_discrete", "interleaved_discrete")),
+    *("paligemma_" + n for n in ("post_lstm", "interleaved_fc", "onestep_fc", "onestep_discrete")))
+def test_whole_models_match(case):
+    model = recorded_model(case)
+    tokens = model.see(pictures(case))
+    B, W = tokens.shape[:2]
+    if case.config["action_space"] == "discrete":
+        return replay_discrete(case, model, tokens)
+    rows, mask = model.rows(tokens, case["text"], case["text_mask"])
+    case.compare("inputs_embeds", rows)
+    case.compare("attention_mask", mask.byte())
+    case.compare("last_hidden", model.backbone.lm(rows, mask))
+    compare_head(case, model, model.think(tokens, case["text"], case["text_mask"]))
+
+
+def compare_head(case, model, features):
+    case.compare("head_input", features.reshape(case["head_input"].shape))
+    arm, logit = model.act_head(features)
+    case.compare("arm", arm.reshape(case["arm"].shape))
+    case.compare("gripper", logit.reshape(case["gripper"].shape))
+    label, gripper, m = (case[n] for n in ("label_arm", "label_gripper", "chunck_mask"))
+    if m.ndim == 2:                                            # video: one step
+        label, gripper, m = label[:, None], gripper[:, None], m[:, None]
+    losses(case, model.act_head, features, label, gripper, m, {"arm": "out_loss_arm_act", "gripper": "out_loss_gripper_act",
+                                                               "gripper_accuracy": "out_acc_gripper_act"}, "out_loss")
+
+
+def replay_discrete(case, model, tokens):
+    ids, mask = case["instr_and_action_ids"], case["instr_and_action_mask"]
+    B, W, L = ids.shape
+    rows, row_mask = model.spell(tokens, ids, mask)
+    case.compare("inputs_embeds", rows)
+    case.compare("attention_mask", row_mask.byte())
+    logits = model.backbone.logits(model.backbone.lm(rows, row_mask))
+    case.compare("logits", logits)
+    labels = case["instr_and_action_labels"].flatten(0, 1)
+    P = rows.shape[1] // W - L
+    labels = robovlms.insert(labels, labels.new_full((B * W, P), -100), 1).reshape(B, -1)
+    t = action_tokens(case.config["action_tokenizer"])
+    _, log = robovlms.discrete_loss(logits, labels, t)
+    for ours, theirs in (("loss", "out_loss_arm_act"), ("loss", "out_loss"), ("arm_accuracy", "out_acc_arm_act"),
+                         ("gripper_accuracy", "out_acc_gripper_act"), ("l1", "out_action_l1_act")):
+        case.compare(theirs, log[ours])
+    if "decoded_action" in case:
+        words = model.decode(tokens[:1], case["prompt_ids"], case.config["decode"]["new_tokens"])
+        a = t.decode(words.numpy()[:, :7])
+        a[:, -1] = np.where(a[:, -1] > 0, 1, -1)
+        case.compare("decoded_action", a)
+
+
+@replays(*("flamingo_" + n for n in ("mpt_post_lstm", "mpt_onestep_fc", "neox_post_lstm", "neox_onestep_fc")))
+def test_flamingo_matches(case):
+    c, model = case.config, Model(model_config(case.config)).eval()
+    v, stored = c["vision"], load_file(case.path(c["stored_weights"]["file"]))
+    state = {n.removeprefix("param."): t for n, t in stored.items() if n.startswith("param.")}
+    linear = nn.Linear(*v["linear"])                           # in place of CLIP, as recorded
+    linear.weight, linear.bias = (nn.Parameter(state.pop(name)) for name in v["names"])
+
+    def patches(x):                                            # (N, 3, h, w) -> (N, 1 + P, Dv)
+        p = v["patch"]
+        x = x.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+        return F.pad(linear(x), (0, 0, 1, 0))                  # with a class token, which is dropped
+    model.backbone.patches = patches
+    state = {f"backbone.{n}": t for n, t in state.items() if "embed_out" not in n}
+    state |= {f"act_head.{n}": t for n, t in filled(c["head"]["weights"]).items()}
+    own = {n: p for n, p in model.state_dict().items() if "vision_tower" in n}
+    model.load_state_dict(own | state)
+    tokens = model.see(pictures(case))
+    compare_head(case, model, model.think(tokens, case["text"], case["text_mask"]))
+
+
+@replays("kosmos_rollout_post_lstm")
+def test_kosmos_rollout_matches(case):
+    """One frame per call; the memory holds W query states."""
+    model, x, memory = recorded_model(case), torch.stack([case["rgb"], case["hand_rgb"]], 3), []
+    W, arms, grippers = case.config["window_size"], [], []
+    for t in range(case.config["steps"]):
+        memory = [*memory, model.think(model.see(x[t]), case["text"], case["text_mask"])][-W:]
+        arm, logit = model.act_head(torch.cat(memory, 1))
+        arms.append(arm[:, -1:]), grippers.append(logit[:, -1:, :, None])
+    case.compare("arm", torch.stack(arms).reshape(case["arm"].shape))
+    case.compare("gripper", torch.stack(grippers).reshape(case["gripper"].shape))
+
+
+# ---- Recordings: acting, names of the released checkpoints ------------------------------------------------
+
+def acting(cfg, name, **how):
+    return Policy(SimpleNamespace(cfg=cfg, stats=robovlms.official_stats(name)), **how)
+
+
+def decode_recorded(case, cfg, name):
+    arm, logit = (case[n].flatten(0, 2) for n in ("arm", "gripper_logit"))                 # (T, K, .)
+    stats = robovlms.official_stats(name)[name]["action"]
+    return robovlms.denormalize_actions(arm.numpy(), logit[..., 0].numpy() > 0, stats, cfg)
+
+
+@replays("calvin_step_continuous")
+def test_calvin_step_matches(case):
+    cfg = Config(gripper="signed", horizon=4)
+    policy, chunks = acting(cfg, "calvin", robot="calvin"), decode_recorded(case, cfg, "calvin")
+    got = np.stack([policy.step({"instruction": "x"}, chunk) for chunk in chunks])
+    case.compare("action", got)
+    assert set(got[:, -1]) <= {-1.0, 1.0} and np.allclose(got[:, :6], 0.65 * case["arm"][:, 0, 0, 0].numpy())
+
+
+@replays("calvin_step_nonraw")
+def test_calvin_step_in_the_gripper_frame_matches(case):
+    cfg = Config(gripper="signed", horizon=4)
+    arm, g = case["arm"][0].numpy(), case["gripper_logit"][0, ..., 0].numpy() > 0
+    chunk = robovlms.denormalize_actions(arm, g, robovlms.official_stats("calvin")["calvin"]["action"], cfg)[0]
+    policy = acting(cfg, "calvin", robot="calvin_gripper_frame")
+    case.compare("action", policy.step({"instruction": "x", "state": case["robot_obs"].numpy()}, chunk))
+
+
+@replays("calvin_step_discrete")
+def test_calvin_discrete_step_matches(case):
+    cfg, a = Config(gripper="signed", head="discrete", formulation="one_step", history=1, horizon=1), case["decoded"].numpy()
+    stats = robovlms.official_stats("calvin")["calvin"]["action"]
+    case.compare("action", robovlms.denormalize_actions(a[..., :-1], a[..., -1] > 0, stats, cfg)[:, 0])
+
+
+class Fixed(nn.Module):
+    """A head that returns what was recorded."""
+
+    def forward(self, features):
+        return self.out
+
+    act = Head.act
+
+
+@replays("calvin_step_interleaved_published")
+def test_published_interleaved_evaluation_acts_on_the_oldest_frame(case):
+    rows, newest = [], []
+    for published, out in ((True, rows), (False, newest)):
+        cfg = replace(TINY, formulation="interleaved", head="mlp", history=3, horizon=4, published_step=published,
+                      gripper="signed", norm_min=-0.65, norm_max=0.65, execute=1)
+        model = Model(cfg, stats=robovlms.official_stats("calvin")).eval()
+        model.act_head, policy = Fixed(), Policy(model)
+        for i in range(case.config["steps"]):
+            model.act_head.out = case[f"arm_{i}"], case[f"gripper_logit_{i}"][..., 0]
+            out.append(policy.step(look(i)))
+    case.compare("action_published", np.stack(rows))
+    assert np.allclose(newest[3][:6], 0.65 * case["arm_3"][0, -1, 0].numpy(), atol=1e-6)
+
+
+@replays("ensemble_action")
+def test_an_ensemble_of_one_is_the_newest_chunk(case):
+    policy = acting(Config(gripper="signed", horizon=4), "calvin")
+    for i, chunk in enumerate(case["chunks"]):
+        policy.step({"instruction": "x"}, chunk)
+        case.compare("output", policy.raw, want=case["output"][i])
+
+
+@replays("simpler_step_widowx_bridge", "simpler_step_google_robot")
+def test_simpler_policies_match(case):
+    cfg, key = Config(horizon=4), case.config["unnorm_key"]
+    policy, rows = acting(cfg, key, robot=case.config["policy_setup"]), []
+    assert policy.unnorm_key == key
+    for chunk in decode_recorded(case, cfg, key):
+        sent = policy.step({"instruction": "x"}, chunk)
+        rows.append((sent[:3], sent[3:6], policy.raw[3:6], policy.raw[6:], sent[6:]))
+    for name, got in zip(("world_vector", "rot_axangle", "rotation_delta", "open_gripper", "gripper"), zip(*rows)):
+        case.compare(name, np.stack(got))
+
+
+@replays("keys_kosmos2", "keys_paligemma")
+def test_names_of_released_checkpoints_match(case):
+    """Names and shapes of the released checkpoints, on the meta device, strict."""
+    preset = {"keys_kosmos2": "kosmos_calvin_abcd", "keys_paligemma": "paligemma_calvin"}[case.kind]
+    for kind, head in case.json()["heads"].items():
+        with torch.device("meta"):
+            model = Model(replace(PRESETS[preset], head=HEAD_NAMES[kind], read="query", formulation="interleaved"))
+        want = {**case.json()["backbone_and_action_token"], **head}
+        fake = {n: torch.empty(shape, device="meta") for n, shape in want.items()}
+        got = robovlms.rename_official(fake)
+        assert {n: tuple(t.shape) for n, t in got.items()} == {n: tuple(t.shape) for n, t in model.state_dict().items()}
+        case.seen.add(kind)
+    count = sum(p.numel() for p in model.backbone.parameters())
+    case.compare("backbone_parameters", count, case.json()["backbone_parameters"])
+
+
+# Read by the tests above, or of data readers, which are not in robovlms.py: which frames a CALVIN or Open-X sample
+# has, CALVIN's gripper frame (tcp_rel), and organize_type="segment", whose texts no released policy has seen.
+GOLDEN.replayed |= {"kosmos_backbone_weights", "paligemma_backbone_weights", "meta_heads", "meta_kosmos",
+                    "meta_paligemma", "meta_flamingo", "meta_eval", "oxe_transform_segment_discrete", "windows", "calvin_index", "tcp_frame"}
+
+
+@pytest.mark.golden
+def test_every_recording_is_replayed():
+    GOLDEN.check()
+
+
+# ---- The sheet's checklist --------------------------------------------------------------------------------
+
+def look(i=0, text="pick up the red cube", views=("third",)):
+    """An observation; the picture differs with i."""
+    rng = np.random.default_rng(i)
+    return {"images": {v: rng.integers(0, 255, (40, 48, 3), np.uint8) for v in views}, "instruction": text}
+
+
+def sample(cfg, i=0, n=None, text="pick up the red cube"):
+    """A training sample with n - 1 earlier frames."""
+    n, rng = cfg.history if n is None else n, np.random.default_rng(i)
+    frames = {v: rng.integers(0, 255, (n, 40, 48, 3), np.uint8) for v in cfg.views}
+    actions = np.append(rng.uniform(-0.1, 0.1, 6), i % 2).astype(np.float32) * np.ones((n - 1 + cfg.horizon, 1), np.float32)
+    return {"images": {v: f[-1] for v, f in frames.items()}, "history_images": {v: f[:-1] for v, f in frames.items()},
+            "instruction": text, "history_actions": actions[:n - 1], "actions": actions[n - 1:], "dataset": "toy"}
+
+
+def batch_of(cfg, samples):
+    return collate([prepare(s, cfg, load_tokenizer(cfg), STATS, key=1, train=True) for s in samples], cfg)
+
+
+def cell(backbone="kosmos", formulation="policy_head", head="lstm", **more):
+    return replace(TINY, backbone=backbone, formulation=formulation, head=head,
+                   **{"history": 1 if formulation == "one_step" else 3, **more})
+
+
+@torch.no_grad()
+def row_of(cfg, instructions):
+    model = Model(cfg, load_tokenizer(cfg), STATS)
+    model.action_token.fill_(7.0)
+    batch = batch_of(cfg, [sample(cfg, i, text=t) for i, t in enumerate(instructions)])
+    tokens = model.look_at(batch["images"])
+    rows, mask = model.rows(tokens, batch["ids"], batch["mask"])
+    return model, batch, tokens, rows, mask
+
+
+def test_rows_hold_gripper_static_text_query_end():
+    """<s> | 64 gripper | 64 static | text | ACT | </s>: ACT at N - 2."""
+    cfg = cell("kosmos", "one_step", "mlp", views=("third", "wrist"))
+    model, batch, tokens, rows, _ = row_of(cfg, ["push"])
+    P, words = cfg.image_tokens, model.backbone.words(batch["ids"])[0]
+    want = [words[:1], tokens[0, 0, 1], tokens[0, 0, 0], words[1:-1], model.action_token[None], words[-1:]]
+    assert torch.equal(rows[0], torch.cat(want)) and rows.shape[1] == len(words) + 2 * P + 1
+    assert torch.equal(rows[0, -2], model.action_token)
+
+
+def test_query_of_a_short_prompt_lies_after_its_padding():
+    cfg = cell("kosmos", "one_step", "mlp")
+    model, batch, _, rows, mask = row_of(cfg, ["push", "pick up the red cube and put it down"])
+    gap = int((~batch["mask"][0]).sum())
+    assert gap > 3 and torch.equal(rows[0, -2], model.action_token)
+    assert mask[0, -1] == 0 and mask[0, -2] == 1 and not mask[0, -1 - gap:-2].any() and mask[1].all()
+
+
+def test_without_bos_and_eos_pictures_come_first_and_the_query_last():
+    cfg = cell("kosmos", "one_step", "mlp", bos=False, eos=False)
+    model, _, tokens, rows, _ = row_of(cfg, ["push"])
+    assert torch.equal(rows[0, :cfg.image_tokens], tokens[0, 0, 0]) and torch.equal(rows[0, -1], model.action_token)
+
+
+def test_two_latents_are_equal_and_double_the_heads_width():
+    cfg = cell("kosmos", "one_step", "lstm", latent=2)
+    model, _, _, rows, _ = row_of(cfg, ["push"])
+    assert torch.equal(rows[0, -2], rows[0, -3]) and torch.equal(rows[0, -2], model.action_token)
+    assert model.act_head.rnn.weight_ih_l0.shape == (4 * 2 * cfg.width, 2 * cfg.llm_width)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("formulation, head", [("interleaved", "mlp"), ("policy_head", "lstm")])
+def test_no_step_sees_a_later_frame_and_history_has_its_place(formulation, head):
+    """interleaved: one row of 3 N tokens; policy_head: an earlier frame reaches a later step only via the head."""
+    cfg = cell("kosmos", formulation, head)
+    model, batch, tokens, rows, _ = row_of(cfg, ["push"])
+    assert rows.shape[0] == (1 if formulation == "interleaved" else 3)
+    for changed, same in ((2, [0, 1]), (0, [] if formulation == "interleaved" else [1, 2])):
+        other = tokens.clone()
+        other[:, changed] += torch.randn(other.shape[-1])
+        before, after = (model.think(t, batch["ids"], batch["mask"])[0, :, 0] for t in (tokens, other))
+        assert all(torch.allclose(before[i], after[i], atol=1e-6) for i in same)
+        assert not torch.allclose(before[changed], after[changed], atol=1e-4)
+    assert not torch.allclose(model.act_head(before[None, :, None])[0][0, 1], model.act_head(
+        after[None, :, None])[0][0, 1], atol=1e-7)
+
+
+def test_loss_is_arm_plus_a_hundredth_of_gripper():
+    cfg = cell()
+    loss, log = Model(cfg, None, STATS).loss(batch_of(cfg, [sample(cfg, i) for i in range(2)]))
+    assert cfg.gripper_weight == 0.01 and torch.allclose(loss, log["arm"] + 0.01 * log["gripper"])
+
+
+def test_huber_is_half_of_mse_for_small_errors():
+    cfg = cell()
+    head, x, m = Head(cfg), torch.randn(1, 3, 1, cfg.llm_width), torch.ones(1, 3, cfg.horizon)
+    arm, _ = head(x)
+    target = torch.cat([arm + 0.3, torch.ones_like(arm[..., :1])], -1).detach()
+    assert torch.allclose(head.loss(x, target, m)[1]["arm"], torch.tensor(0.5 * 0.3 ** 2))
+
+
+def test_padded_steps_and_missing_history_are_not_in_the_loss():
+    cfg = cell()
+    short, full = sample(cfg, 1, n=1), sample(cfg, 2)
+    short["loss_mask"] = np.arange(cfg.horizon) < 2
+    batch = batch_of(cfg, [short, full])
+    assert batch["loss_mask"][0].sum() == 2 and batch["loss_mask"][1].all()
+    del full["history_actions"]                                # only the newest frame is trained then
+    mask = batch_of(cfg, [full])["loss_mask"][0]
+    assert not mask[:2].any() and mask[2].all()
+
+
+def test_chunk_targets_shift_by_one_per_step():
+    chunks = robovlms.chunks_of(np.arange(6), 4)
+    assert chunks.tolist() == [[0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5]]
+
+
+def test_action_words_saturate_round_trip_and_depend_on_specials():
+    t = ActionTokens(1000, {"bos_token": "a", "eos_token": "b", "additional_special_tokens": ["x", "y", "z"]})
+    assert t.encode(np.array([-9, -1, 1, 9])).tolist() == [t.base - 1] * 2 + [t.base - 256 + (0)] * 2
+    x = np.linspace(-1, 1, 999)
+    assert np.abs(t.decode(t.encode(x)) - x).max() <= 1 / 255 + 1e-9
+    assert t.decode([t.base + 5, 0]).tolist() == [t.bins.centers[0], t.bins.centers[-1]]
+    assert t.base == 1000 - 5 - 10 and ActionTokens(1000, {"bos_token": "a"}).base == t.base + 4
+
+
+def test_arm_is_scaled_by_065_saturates_and_the_gripper_is_not_touched():
+    a = np.array([[-0.65, 0.65, 2.0, -2.0, 0, 0.325, 0.4]])
+    assert robovlms.scale_arm(a, -0.65, 0.65).tolist() == [[-1, 1, 1, -1, 0, 0.5, 0.4]]
+    assert robovlms.gripper_label(np.array([-1.0, 1.0]), "signed").tolist() == [0, 1]
+    assert robovlms.gripper_label(np.array([0.0, 0.7, 1.0]), "unit").tolist() == [0, 0, 1]
+
+
+def test_shifts_differ_between_frames(monkeypatch):
+    rng, shift, drawn = np.random.default_rng(0), robovlms.random_shift, []
+    x = rng.random((20, 20, 3))
+    padded = np.pad(x, ((4, 4), (4, 4), (0, 0)), "edge")
+    assert np.array_equal(robovlms.random_shift(x, 4, 7, 2), padded[2:22, 7:27])
+    cfg = replace(TINY, augment=True, history=3, views=("third",))
+    s = sample(cfg)
+    for v in ("images", "history_images"):
+        s[v]["third"] = s["images"]["third"] if v == "images" else np.stack([s["images"]["third"]] * 2)
+    monkeypatch.setattr(robovlms, "random_shift", lambda *a: (drawn.extend(a[2:]), shift(*a))[1])
+    for key in range(200):
+        frames = robovlms.frames_of(s, cfg, True, 5 if key == 199 else key)
+    assert min(drawn) == 1 and max(drawn) == 20                # never 0, upstream's slip
+    assert not np.array_equal(frames[0], frames[1]) and np.array_equal(frames, robovlms.frames_of(s, cfg, True, 5))
+
+
+def test_widowx_opens_on_the_second_open_and_google_holds_for_two():
+    widow, google = (acting(Config(), "calvin", robot=r) for r in ("widowx_bridge", "google_robot"))
+    assert [widow.simpler_gripper(g) for g in (1, 1, 0, 1, 1)] == [-1, 1, -1, -1, 1]
+    assert [google.simpler_gripper(g) for g in (1, 0, 0, 0)] == [0, 2, 2, 0]
+
+
+def history(observations):
+    return {**observations[-1], "history_images": {v: np.stack([o["images"][v] for o in observations[:-1]])
+            for v in observations[0]["images"]}} if len(observations) > 1 else observations[-1]
+
+
+@pytest.mark.parametrize("cfg", [cell(), cell(head="gpt"), cell("flamingo"), cell("qwen", "interleaved", "mlp"),
+                                 cell("kosmos", "interleaved", "lstm"), cell("kosmos", "video", "mlp")], ids=lambda c: c.
+                         backbone + "_" + c.formulation + "_" + c.head)
+def test_a_session_equals_recomputing_the_window(cfg):
+    """Only the newest frame is looked at; through a reset and beyond the window."""
+    model = Model(cfg, load_tokenizer(cfg), STATS).eval()
+    policy, seen = Policy(model), []
+    for i, text in enumerate(["push"] * 5 + ["pick up the red cube"] * 2):
+        seen = seen if i != 5 else []
+        seen.append(look(i, text))
+        action = policy.step(seen[-1])
+        chunk = model.act([history(seen[-cfg.history:])])[1]["actions"][0]
+        assert np.allclose(action[:6], chunk[0][:6], atol=1e-5) and len(policy.memory) == min(len(seen), 3)
+    policy.reset()
+    assert not policy.memory and policy.needs_chunk
+
+
+def test_a_batch_equals_its_members():
+    cfg = cell()
+    model, seen = Model(cfg, load_tokenizer(cfg), STATS).eval(), [look(i, t) for i, t in enumerate(
+        ["push", "pick up the red cube", "push"])]
+    whole = model.act(seen)[0]
+    assert np.allclose(whole, np.concatenate([model.act([o])[0] for o in seen]), atol=1e-6)
+
+
+def test_words_that_are_no_actions_hold_the_pose_and_say_so():
+    for official in (False, True):
+        cfg = cell("kosmos", "one_step", "discrete", horizon=2, official_decode=official)
+        model = Model(cfg, load_tokenizer(cfg), STATS).eval()
+        model.backbone.embedding.weight.data[cfg.action_base - cfg.n_bin:cfg.action_base] = 0   # never written
+        chunks, info = model.act([look()])
+        assert info["parse_failed"].all() and (official or not chunks[..., :6].any())
+
+
+OFFICIAL = {"robovlm_name": "RoboKosMos", "model": "kosmos", "window_size": 16, "fwd_pred_next_n": 10, "seq_len": 1,
+            "use_hand_rgb": True, "norm_action": True, "norm_min": -0.65, "norm_max": 0.65, "learning_rate": 2e-5,
+            "arm_gripper_loss_ratio": 0.01, "image_size": 224, "some_future_key": 3, "trainer": {"precision": "16"},
+            "train_setup": {"train_vision": True, "freeze_backbone": False, "predict_forward": False},
+            "act_head": {"type": "LSTMDecoder", "hidden_size": 1024, "action_dim": 7, "down_sample": "none", "latent": 1,
+                         "fwd_pred_next_n": 1, "window_size": 1, "with_history": True, "action_space": "continuous",
+                         "history_type": "post"}, "train_dataset": {"type": "DiskCalvinDataset"}}
+
+
+def test_official_configs_are_read_with_their_parents(tmp_path):
+    (tmp_path / "base.json").write_text(json.dumps(OFFICIAL))
+    child = {"parent": "base.json", "window_size": 8, "act_head": {"latent": 2}}
+    (tmp_path / "child.json").write_text(json.dumps(child))
+    cfg, notes = robovlms.read_official_config(tmp_path / "base.json")
+    assert cfg == PRESETS["kosmos_calvin_abcd"] and any("some_future_key" in n for n in notes)
+    cfg, _ = robovlms.read_official_config(tmp_path / "child.json")
+    assert (cfg.history, cfg.horizon, cfg.latent, cfg.width) == (8, 10, 2, 1024)      # inner W and K are ignored
+    for change, complaint in (({"train_setup": {"predict_caption": True}}, "predict_caption"),
+                              ({"act_head": {"type": "X"}}, "act_head.type"), ({"robovlm_name": "RoboX"}, "no backbone"),
+                              ({"parent": "gone.json"}, "gone.json")):
+        (tmp_path / "bad.json").write_text(json.dumps({**OFFICIAL, **change}))
+        with pytest.raises(ValueError, match=complaint):
+            robovlms.read_official_config(tmp_path / "bad.json")
+
+
+def test_official_files_load_in_every_wrapping_and_a_missing_head_raises(tmp_path):
+    cfg, small = cell(), asdict(TINY)
+    model = Model(cfg, load_tokenizer(cfg), STATS).eval()
+    state, path = model.state_dict(), tmp_path / "x.pt"
+    want = model.act([look()])[0]
+    values = {k: v for k, v in asdict(cfg).items() if k != "tokenizer"}
+    for key, prefix in (("state_dict", "model."), ("model_state_dict", "module.model."), ("state_dict", "module."),
+                        ("model_state_dict", "")):
+        torch.save({key: {prefix + n: t for n, t in state.items()}, "epoch": 3}, path)
+        got = from_pretrained(path, preset="tiny", tokenizer="tiny", **values)
+        got.stats = STATS
+        assert np.array_equal(got.act([look()])[0], want)
+    torch.save({"state_dict": {n: t for n, t in state.items() if "act_head" not in n}}, path)
+    with pytest.raises(ValueError, match="missing, e.g. act_head"):
+        from_pretrained(path, preset="tiny", **values)
+    with pytest.raises(ValueError, match="config=FILE.json"):
+        from_pretrained(path)
+    model.save_pretrained(tmp_path / "ours")
+    assert np.allclose(from_pretrained(tmp_path / "ours").act([look()])[0], want, atol=1e-7)
+    with pytest.raises(ValueError, match="does not fit"):
+        from_pretrained(tmp_path / "ours", backbone="llava")
+
+
+@pytest.mark.parametrize("change, complaint", [
+    ({"formulation": "policy_head", "head": "mlp"}, "policy_head goes with lstm, gpt"),
+    ({"formulation": "one_step", "history": 4}, "history=4"), ({"backbone": "x"}, "backbone='x'"),
+    ({"backbone": "flamingo", "formulation": "interleaved"}, "not in the row"), ({"execute": 2}, "execute=2"),
+    ({"head": "gpt", "latent": 2, "width": 64}, "latent=2"), ({"views": ("a", "b", "c")}, "views"),
+    ({"freeze": ("legs",)}, "freeze"), ({"norm_min": 2.0}, "norm_min"), ({"head": "gpt", "heads": 7}, "heads=7")])
+def test_combinations_that_do_not_exist_are_refused_in_a_line(change, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        replace(TINY, **change)
+
+
+# ---- The matrix -------------------------------------------------------------------------------------------
+
+FITS = [(b, f, h) for b in ADAPTERS for f, heads in CELLS.items() for h in heads if b != "flamingo" or (
+    f in ("one_step", "policy_head") and h != "discrete")]
+DIAGONAL = [("kosmos", "policy_head", "lstm"), ("paligemma", "interleaved", "mlp"), ("llava", "one_step", "diffusion"),
+            ("qwen", "one_step", "discrete"), ("moondream", "policy_head", "gpt"), ("uform", "interleaved", "gpt"),
+            ("flamingo", "policy_head", "lstm")]
+
+
+def learns(cfg, folder, steps):
+    """Builds, learns one batch, acts, saves, loads."""
+    cfg = replace(cfg, image_size=48, vit_depth=2, llm_depth=2, image_tokens=4, resampler_depth=1, resampler_latents=4)
+    cfg = replace(cfg, resampler=cfg.backbone == "moondream", horizon=2)
+    model, samples = Model(cfg, load_tokenizer(cfg), STATS), [sample(cfg, i) for i in range(2)]
+    batch, optimizer = batch_of(cfg, samples), torch.optim.AdamW(model.param_groups(2e-3, 0.0))
+    noise = torch.randn(2 * cfg.history, cfg.horizon, cfg.action_dim), torch.arange(2 * cfg.history) * 9
+    seen = []
+    for _ in range(steps):
+        loss, _ = model.loss(batch, *noise)
+        optimizer.zero_grad()
+        loss.backward()
+        assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        optimizer.step()
+        seen.append(loss.item())
+    assert np.isfinite(seen).all() and seen[-1] < 0.8 * seen[0], seen
+    torch.manual_seed(0)
+    chunks, _ = model.eval().act(samples)
+    model.save_pretrained(folder)
+    loaded = from_pretrained(folder)
+    torch.manual_seed(0)
+    again, _ = loaded.act(samples)
+    assert chunks.shape == (2, 2, 7) and np.allclose(chunks, again, atol=1e-6)
+
+
+@pytest.mark.parametrize("backbone, formulation, head", DIAGONAL)
+def test_cell_learns_acts_saves_loads(backbone, formulation, head, tmp_path):
+    learns(cell(backbone, formulation, head), tmp_path, 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone, formulation, head", FITS)
+def test_every_cell_learns_acts_saves_loads(backbone, formulation, head, tmp_path):
+    """pytest -m slow tests/test_robovlms.py"""
+    learns(cell(backbone, formulation, head), tmp_path, 20)
+
+
+def test_w1_mlp_runs_from_the_method_file_alone(tmp_path):
+    cfg = cell("kosmos", "one_step", "mlp", views=("third", "wrist"))
+    chunks, _ = Model(cfg, None, STATS).eval().act([look(views=cfg.views)])
+    assert chunks.shape == (1, cfg.horizon, 7)
+
+
+def test_demo_overfits(capsys):
+    robovlms.demo()
+    lines = [float(line.split("loss")[1].split("|")[0]) for line in capsys.readouterr().out.splitlines() if "loss" in line]
+    assert lines[-1] < 0.1 * lines[0]

@@ -859,10 +859,11 @@ def test_cell_learns_acts_saves_loads(backbone, formulation, head, tmp_path):
     learns(cell(backbone, formulation, head), tmp_path, 12)
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 @pytest.mark.parametrize("backbone, formulation, head", FITS)
 def test_every_cell_learns_acts_saves_loads(backbone, formulation, head, tmp_path):
-    """pytest -m slow tests/test_robovlms.py"""
+    """pytest -m matrix"""
     learns(cell(backbone, formulation, head), tmp_path, 20)
 
 

@@ -144,7 +144,7 @@ PRESETS = {
         llm_depth=4, llm_heads=4, llm_mlp=256, llm_init=0.06, vocab=512, space_id=3, pad_id=4,
         tokenizer="tiny", width=96, depth=3, heads=4, horizon=8, execute=4, cfg_scale=2.0, augment=False,
         train_resize="bicubic", padding="mask", data="tabletop", lr=6e-4, lr_schedule="cosine", warmup=50,
-        batch=32, steps=3000, init="assets/cogact_tiny_trunk.safetensors"),
+        batch=32, steps=2600, init="assets/cogact_tiny_trunk.safetensors"),
 }
 PREDICTS = "actions"              # of a sample; see the top of common.py
 

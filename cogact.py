@@ -104,7 +104,7 @@ class Config:
     train_resize: str = "lanczos"     # or "bicubic"; of training pictures only, see prepare
     padding: str = "neutral"          # beyond an episode's end: neutral = no motion, and in the loss (the
     #                                   official recipe, made finite); faithful = to the bit; mask = not in it
-    data: str = ""
+    data: str = ""                    # train.py's --data when none is given
     # training (official conf/vla.py and readme: 8 GPUs x 32)
     lr: float = 2e-5
     lr_schedule: str = "constant"     # constant | cosine
@@ -375,7 +375,7 @@ def prepare(sample, cfg, tokenizer, stats=None, key=None, train=False):
         if valid.shape != (cfg.horizon,) or not valid.any():
             raise ValueError(f"loss_mask={valid.astype(int).tolist()}: {cfg.horizon} values, not all 0, are "
                              "expected; leave a sample without actions out.")
-        # dims with mask False (the gripper) pass through as they are
+        # gripper left un-normalized: its mask is False, see common.normalize
         actions = pad_chunk(normalize(actions, action_stats), valid, action_stats, cfg.padding == "faithful")
         check_gripper(action_stats, cfg.gripper_index)
         out["actions"] = torch.from_numpy(actions)                                     # (T, A)
@@ -502,8 +502,7 @@ class ViT(nn.Module):
         _, P, D = self.pos_embed.shape
         nn.init.xavier_uniform_(self.patch_embed["proj"].weight.flatten(1))
         nn.init.zeros_(self.patch_embed["proj"].bias)
-        # Localization error after equal training: 5.6 % of the picture's width with these, 9.6 % with random
-        # embeddings (a crude experiment on another tabletop, before this one; not measured again here).
+        # from where things are to be found: tiny towers learn it sooner from these than from random ones
         with torch.no_grad():
             self.pos_embed.copy_(0.5 * sincos_2d(math.isqrt(P), D))
         for token in (self.cls_token, self.reg_token) if self.prefix else (self.attn_pool.latent,):
@@ -724,7 +723,11 @@ def schedule(betas):
 
 
 def ddim_timesteps(total, steps):
-    """The original steps that a DDIM chain visits, ascending: 0, s, 2 s, ...; the smallest s that fits."""
+    """The original steps that a DDIM chain visits, ascending: 0, s, 2 s, ...; the smallest s that fits.
+
+    FAITHFUL: 10 of 100 end at 90, not 99, though the chain starts there from pure noise.
+    Test: test_cogact.py::test_sampling_matches_official_trace
+    """
     if steps == 1:
         return [total // 2]                                    # officially {50} of 100
     for stride in range(1, total):
@@ -742,9 +745,9 @@ def respace(betas, timesteps):
 
 @functools.lru_cache
 def sampler_table(sampler, total, steps):
-    """(timesteps, rows of coefficients c), noisiest step first; float64, rounded to float32 once, when used.
+    """(timesteps, rows of coefficients k), noisiest step first; float64, rounded to float32 once, when used.
 
-    x0 = c0 x - c1 eps;   DDIM: x <- c2 x0 + c3 eps;   DDPM: x <- c2 x0 + c3 x + c4 noise
+    x0 = k0 x - k1 eps;   DDIM: x <- k2 x0 + k3 eps;   DDPM: x <- k2 x0 + k3 x + k4 noise
     """
     if (sampler, steps) not in (("ddim", steps), ("ddpm", None), ("ddpm", total)):
         raise ValueError(f"sampler={sampler!r}, steps={steps}: choose ddim, or ddpm (always {total} steps).")
@@ -798,33 +801,33 @@ class ActionModel(nn.Module):
         if cfg_scale <= 1:
             return self.net.denoise(x, c)
         cond, uncond = self.net.denoise(torch.cat([x, x]), c).chunk(2)                 # each (B, T, A)
-        # PAPER!=CODE: the paper's numbers are from code that sliced a wrong axis and guided only the first 7
-        # of 16 steps. The released code (since January 2025) guides all T steps and all A numbers.
+        # Guidance. PAPER!=CODE: the paper's numbers are from code that sliced a wrong axis, guiding only the
+        # first 7 of 16 steps. The released code (since January 2025) guides all T steps and all A numbers.
         # Test: test_cogact.py::test_guidance_reaches_every_step_and_every_channel
         return uncond + cfg_scale * (cond - uncond)
 
-    def sample(self, z, noise, steps=None, cfg_scale=1.5, sampler="ddim", step_noise=None, trace=None):
+    def sample(self, z, noise, steps, cfg_scale=1.5, sampler="ddim", step_noise=None, trace=None):
         """Denoise a chunk: z (B, 1, D), noise (B, T, A) -> (B, T, A), normalized, not clipped.
 
-        steps: for DDIM only. step_noise: (num_train_steps, B, T, A) for DDPM, first used first; trace: a list
-        that receives (x, x0) of every step. All that the loop needs is on the device before it starts.
+        steps: of DDIM; DDPM: None. step_noise: (num_train_steps, B, T, A) of DDPM, first used first. trace: a
+        list that receives (x, x0) of every step. All that the loop needs is on the device before it starts.
         """
         B, net, device, drop = len(z), self.net, z.device, None
-        timesteps, rows = sampler_table(sampler, self.num_train_steps, steps)
-        table = constant(rows, device)                                                 # (n, 4 or 5)
+        timesteps, coefficients = sampler_table(sampler, self.num_train_steps, steps)
+        table = constant(coefficients, device)                                                 # (n, 4 or 5)
         times = net.t_embedder(constant(timesteps, device))[:, None, None]             # (n, 1, 1, D)
         if cfg_scale > 1:                                      # rows with z, then rows without
             z, drop = torch.cat([z, z]), torch.arange(2 * B, device=device) >= B
         cond = net.z_embedder(z, drop)                                                 # (B or 2B, 1, D)
         x = noise
-        for i, c in enumerate(table):
+        for i, k in enumerate(table):
             eps = self.guided(x, times[i] + cond, cfg_scale)                           # (B, T, A)
-            x0 = c[0] * x - c[1] * eps
+            x0 = k[0] * x - k[1] * eps
             if sampler == "ddim":
-                x = c[2] * x0 + c[3] * eps
+                x = k[2] * x0 + k[3] * eps
             else:
                 fresh = torch.randn_like(x) if step_noise is None else step_noise[i]
-                x = c[2] * x0 + c[3] * x + c[4] * fresh
+                x = k[2] * x0 + k[3] * x + k[4] * fresh
             if trace is not None:
                 trace.append((x, x0))
         return x
@@ -849,9 +852,9 @@ MODULES = ("vision_backbone", "projector", "llm_backbone", "action_model")
 def decode_actions(samples, stats, gripper_index=6):
     """Sampler output (..., T, A) float32 -> (normalized float32, in robot units float64)."""
     a = np.clip(np.asarray(samples, np.float32), -1, 1)
-    if gripper_index >= 0:                                     # never normalized: 0 closed, 1 open
+    if gripper_index >= 0:                                     # a switch: 0 closed, 1 open
         a[..., gripper_index] = np.where(a[..., gripper_index] < 0.5, 0, 1)
-    actions = unnormalize(a, stats)            # dims with mask False (the gripper) pass through as they are
+    actions = unnormalize(a, stats)            # gripper left un-normalized: its mask is False
     check_gripper(stats, gripper_index)
     return a, actions
 
@@ -878,8 +881,10 @@ class Model(nn.Module):
         self.projector.apply(init_linear)
         self.action_model.net.init_weights()
         for path in UNUSED:
-            step = lambda module, name: module[-1] if name == "-1" else getattr(module, name)  # noqa: E731
-            functools.reduce(step, path.split("."), self).requires_grad_(False)
+            module = self
+            for name in path.split("."):
+                module = module[-1] if name == "-1" else getattr(module, name)
+            module.requires_grad_(False)
 
     @property
     def device(self):
@@ -1042,6 +1047,11 @@ class Policy:
             alpha = cfg.ensemble_alpha if ensemble_alpha is None else ensemble_alpha
             weights = functools.partial(adaptive_weights, alpha=alpha)
             self.ensemble = ChunkEnsemble(horizon, weights)
+        elif (ensemble_horizon, ensemble_alpha) != (None, None):
+            raise ValueError(f"ensemble_horizon={ensemble_horizon} and ensemble_alpha={ensemble_alpha} do "
+                             "nothing without an ensemble; set execute=1 or leave them out.")
+        if action_scale != 1 and not robot:
+            raise ValueError(f"action_scale={action_scale} needs a robot: {', '.join(ROBOTS)}.")
         self.reset()
 
     def reset(self, instruction=None):
@@ -1159,7 +1169,7 @@ def read_official(path, preset, overrides):
     if wrong:
         raise ValueError(f"{path} holds {sorted(parts) or 'no model'}; missing or unknown: {sorted(wrong)}. "
                          "Start from CogACT's or openvla-7b-prismatic's .pt (plain Prismatic lacks vision).")
-    # key mapping: official model[module][name] is our "module.name"; nothing is renamed
+    # checkpoint keys: official model[module][name] -> "module.name"; nothing is renamed
     state = {f"{m}.{name}": tensor for m in MODULES for name, tensor in released.get(m, {}).items()}
     about, stats, sizes = read_about(run / "config.json"), run / "dataset_statistics.json", read_sizes(state)
     vla = about.get("vla", about)                              # the DiT's size goes by either of these names

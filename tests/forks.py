@@ -4,7 +4,7 @@ Run this project's scripts as processes of their own, without paying for `import
 A helper process imports everything once and forks for every call, so each call is a real process: its own
 exit code, streams, signals and limits; with world=2, two processes that find each other as under torchrun.
 
-    run = forks.shared();  run("train.py --model cogact", cwd=folder)  ->  Done(rc, out, err, seconds)
+    run = forks.shared();  run("train.py --model cogact", cwd=folder)  ->  Done(rc, out, err, seconds, cpu)
 """
 import atexit
 import functools
@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import resource
+import runpy
 import shutil
 import signal
 import socket
@@ -33,6 +34,7 @@ class Done(NamedTuple):
     out: str               # of rank 0
     err: str               # of all ranks
     seconds: float
+    cpu: float             # seconds of computing, of all ranks
 
 
 class Forks:
@@ -46,7 +48,8 @@ class Forks:
         """command: "train.py --model ..." (split at spaces), then more arguments.
 
         how: kill_after=seconds; kill_at=k: kill -9 just before the k-th of OPERATIONS; term_at=text: SIGTERM
-        to all when rank 0 has printed it; fsize=bytes: no larger file can be written; world=N processes.
+        to all when rank 0 has printed it; fsize=bytes: no larger file can be written; world=N processes;
+        env={...}; alone=True: no file of this project can be imported but those in cwd.
         """
         job = {"argv": [*command.split(), *map(str, more)], "cwd": str(cwd), **how}
         self.server.stdin.write(json.dumps(job) + "\n")
@@ -65,6 +68,7 @@ def become(job, rank, world, port, folder):
         os.dup2(os.open(f"{folder}/{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
     sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
     os.chdir(job["cwd"])
+    os.environ.update(job.get("env", {}))
     if world > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
                           MASTER_ADDR="localhost", MASTER_PORT=str(port))
@@ -84,7 +88,12 @@ def become(job, rank, world, port, folder):
         setattr(place, name, counting(getattr(place, name)))
     sys.argv, code = job["argv"], 1
     try:
-        importlib.import_module("common").cli(importlib.import_module(Path(job["argv"][0]).stem).main)
+        if job.get("alone"):
+            for name, module in list(sys.modules.items()):
+                if str(getattr(module, "__file__", None)).startswith(f"{ROOT}/"):
+                    del sys.modules[name]
+            sys.path[:] = [job["cwd"], *(path for path in sys.path if not path.startswith(str(ROOT)))]
+        runpy.run_path(str(Path(job["cwd"] if job.get("alone") else ROOT, job["argv"][0])), run_name="__main__")
     except SystemExit as e:
         code = e.code or 0
     except BaseException:
@@ -105,13 +114,13 @@ def one(job):
         pids.append(os.fork())
         if pids[-1] == 0:
             become(job, rank, world, port, folder)
-    codes, out = {}, Path(folder, "out0")
+    codes, out, cpu = {}, Path(folder, "out0"), 0.0
     while len(codes) < world:
         time.sleep(0.01)
         for pid in pids:
-            done, status = os.waitpid(pid, os.WNOHANG) if pid not in codes else (0, 0)
+            done, status, used = os.wait4(pid, os.WNOHANG) if pid not in codes else (0, 0, None)
             if done:
-                codes[pid] = os.waitstatus_to_exitcode(status)
+                codes[pid], cpu = os.waitstatus_to_exitcode(status), cpu + used.ru_utime
         alive = [pid for pid in pids if pid not in codes]
         if any(codes.values()) or time.time() - begin > job.get("kill_after", 300):    # one failed: end all
             signals = signal.SIGKILL
@@ -128,12 +137,12 @@ def one(job):
     err = "".join(path.read_text() for path in sorted(Path(folder).glob("err*")))
     shutil.rmtree(folder)
     rc = next((code for code in codes.values() if code), 0)
-    return {"rc": rc, "out": text, "err": err, "seconds": time.time() - begin}
+    return {"rc": rc, "out": text, "err": err, "seconds": time.time() - begin, "cpu": cpu}
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    for name in ("train", "cogact", "eval_sim"):
+    for name in ("train", "cogact", "vla0"):
         importlib.import_module(name)
     for line in sys.stdin:
         print(json.dumps(one(json.loads(line))), flush=True)

@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import pickle
-import resource
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from PIL import Image
 
 import data
 import eval_sim
+import forks
 
 ROOT = Path(data.__file__).parent
 SMALL = {"image_size": 16, "families": ("pick",), "horizon": 4, "workers": 0}
@@ -39,11 +39,10 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name != ".lock"}
 
 
-def run_cli(*args, preexec=None, **env):
+def run_cli(*args, **how):
     """python data.py args -> (exit code, stdout, stderr)."""
-    done = subprocess.run([sys.executable, "data.py", *map(str, args)], cwd=ROOT, capture_output=True,
-                          text=True, env={**os.environ, **env}, preexec_fn=preexec, timeout=120)
-    return done.returncode, done.stdout, done.stderr
+    done = forks.shared()("data.py", *args, cwd=ROOT, **how)
+    return done.rc, done.out, done.err
 
 
 def sample(**changes):
@@ -162,12 +161,9 @@ def test_killed_generation_keeps_whole_shards_and_its_workers_leave(tmp_path):
 
 
 def test_second_process_waits_for_the_first_and_generates_nothing(tmp_path):
-    code = f"import data; print(len(data.tabletop(episodes=30, cache={str(tmp_path)!r}, **{SMALL!r})))"
-    runs = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [run.communicate(timeout=120) for run in runs]
-    assert [run.returncode for run in runs] == [0, 0] and outputs[0][0] == outputs[1][0]
-    assert sum("generating" in err for _, err in outputs) == 1
+    code, out, err = run_cli("--make", "--episodes", 30, "--families", "pick", "--image-size", 16, "--workers",
+                             0, "--cache", tmp_path, world=2)
+    assert code == 0 and "30 episodes" in out and err.count("generating 30 episodes") == 1, err
 
 
 MANIFESTS = {"half": b'{"made_from": {', "list": b"[]", "null": b"null", "no_views": b'"made_from": {}',
@@ -783,7 +779,7 @@ def test_empty_dataset_is_an_error():
 
 def test_make_then_describe(tmp_path):
     code, out, err = run_cli("--make", "--episodes", 2, "--families", "all", "--views", "third,wrist",
-                             "--image-size", 16, "--workers", 0, XDG_CACHE_HOME=str(tmp_path))
+                             "--image-size", 16, "--workers", 0, env={"XDG_CACHE_HOME": str(tmp_path)})
     assert code == 0, err
     folder = next((tmp_path / "plainvla").glob("tabletop-train-*"))
     assert "generating 2 episodes" in err and "2/2" in err
@@ -823,10 +819,8 @@ def test_bad_command_lines_are_one_line_and_exit_code_2(tmp_path, monkeypatch, c
 
 
 def test_full_disk_is_one_line_and_leaves_no_torn_shard(tmp_path):
-    def no_large_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     args = ("--make", "--episodes", 3, "--image-size", 32, "--workers", 0, "--cache", tmp_path)
-    code, _, err = run_cli(*args, preexec=no_large_files)
+    code, _, err = run_cli(*args, fsize=20_000)
     assert code == 2 and "cannot write" in err.splitlines()[-1] and "Traceback" not in err
     assert [path.name for path in next(tmp_path.glob("tabletop-*")).iterdir()] == [".lock"]
     assert len(data.tabletop(episodes=3, image_size=32, workers=0, cache=tmp_path).episodes) == 3

@@ -2,8 +2,6 @@
 import importlib
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +13,7 @@ from PIL import Image
 import cogact
 import data
 import eval_sim
+import forks
 from eval_sim import (FAMILIES, HELD_OUT, PHRASES, SPLITS, Camera, Tabletop, expert, record_episode, rotation,
                       seeds)
 
@@ -319,7 +318,7 @@ class Skyward:
         return chunk, {"parse_failed": [o["instruction"].startswith("put") for o in observations]}
 
 
-METHOD = SimpleNamespace(Policy=Policy)
+METHOD = SimpleNamespace(Policy=Policy, PREDICTS="actions")
 
 
 @pytest.mark.parametrize("control", ["", "swap", "blank"])
@@ -462,10 +461,8 @@ def test_broken_checkpoint_is_one_line(file, content, message, checkpoint, tmp_p
     (["--ckpt", "FOLDER", "--unnorm-key", "my_robot"], "error: unnorm_key='my_robot': this checkpoint has "),
 ])
 def test_command_ends_with_one_line_and_code_2(argv, line, checkpoint, tmp_path):
-    argv = [str(checkpoint) if a == "FOLDER" else a for a in argv]
-    run = subprocess.run([sys.executable, eval_sim.__file__, *argv], cwd=tmp_path, capture_output=True,
-                         text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert run.returncode == 2 and run.stderr.startswith(line) and run.stderr.count("\n") == 1, run.stderr
+    run = forks.shared()("eval_sim.py", *(checkpoint if a == "FOLDER" else a for a in argv), cwd=tmp_path)
+    assert run.rc == 2 and run.err.startswith(line) and run.err.count("\n") == 1, run.err
     assert not any(tmp_path.iterdir())
 
 

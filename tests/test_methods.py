@@ -1,0 +1,331 @@
+"""What holds for every method: one file and common.py, save and load, act, what a user can get wrong."""
+import ast
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import train
+from common import METHODS
+from forks import ROOT, shared
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# The tiny presets, made smaller still: a forward costs milliseconds. (A method that is not here: as it is.)
+SMALL = {
+    "cogact": dict(image_size=32, patch_size=8, dino_width=32, siglip_width=32, dino_depth=3, siglip_depth=3,
+                   dino_heads=2, siglip_heads=2, dino_mlp=64, siglip_mlp=64, llm_width=32, llm_depth=2,
+                   llm_heads=4, llm_mlp=64, width=32, depth=2, heads=2, horizon=4,
+                   repeated_diffusion_steps=2),
+    "vla0": dict(image_size=16, patch_size=4, merge_size=2, window_size=16, vit_width=16, vit_depth=2,
+                 vit_mlp=16, full_attention=(1,), llm_width=32, llm_depth=2, llm_mlp=32, llm_init=0.3,
+                 mrope_section=(1, 1, 2), horizon=4, window=0),
+    "robovlms": dict(history=1, horizon=4)}
+# what turns all augmentation on, and what of a prepared sample it draws
+AUGMENTED = {
+    "cogact": (dict(augment=True), {"images"}), "a0": (dict(augment=True, image_aug=True), {"images"}),
+    "vla0": (dict(crop=0.8, jitter=(0.2, 0.2, 0.2, 0.05), mask_none=0.0), {"images", "ids", "labels"})}
+LOW, HIGH = [-0.5] * 6 + [0.0], [0.5] * 6 + [1.0]
+STATS = {"toy": {"num_transitions": 10, "num_trajectories": 1, "action": {
+    "q01": LOW, "q99": HIGH, "min": LOW, "max": HIGH, "mean": [0.0] * 7, "std": [1.0] * 7,
+    "mask": [True] * 6 + [False]}}}
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    return importlib.import_module(request.param)
+
+
+def make(method, seed=0, attn="auto", **changes):
+    """A model with random weights everywhere: a fresh head may be zero."""
+    torch.manual_seed(seed)
+    cfg = dataclasses.replace(method.PRESETS["tiny"], **{**SMALL.get(method.__name__, {}), **changes})
+    model = method.Model(cfg, method.load_tokenizer(cfg), STATS, attn).eval()
+    for p in model.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+def samples(cfg, n):
+    rng, words = np.random.default_rng(0), ("put the red cube on the plate", "lift the ball", "push it left")
+    return [{"images": {v: rng.integers(0, 256, (40, 48, 3), np.uint8) for v in cfg.views}, "dataset": "toy",
+             "instruction": words[i % 3], "state": np.zeros(8, np.float32),
+             "loss_mask": np.arange(cfg.horizon) < 3 + i,
+             "actions": rng.uniform(-0.4, 0.4, (cfg.horizon, 7)).astype(np.float32),
+             "waypoints": rng.uniform(0, 1, (5, 2)).astype(np.float32)} for i in range(n)]
+
+
+def batch_of(method, model, rows, train=True):
+    return method.collate([method.prepare(s, model.cfg, model.tokenizer, STATS, key=10 + i, train=train)
+                           for i, s in enumerate(rows)], model.cfg)
+
+
+def act(model, seen, first=0):
+    """What comes out (B, T, A); where that is clipped, what comes before: untrained, all of it would be.
+
+    Where a method draws noise, that of observation i is always the same; first: which one seen[0] is.
+    """
+    shape, how = (8, model.cfg.horizon, model.cfg.action_dim), {}
+    if "noise" in inspect.signature(model.act).parameters:
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+        how["noise"] = noise[first:first + len(seen)]
+    chunks, info = model.act(seen, **how)
+    assert chunks.dtype == np.float32 and chunks.shape == (len(seen), *shape[1:])
+    return info.get("samples", chunks)
+
+
+class CountReads(TorchDispatchMode):
+    """Counts what makes a GPU wait: .item(), .cpu() or bool(tensor)."""
+    reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.reads += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+# ---- One file ---------------------------------------------------------------------------------------------
+
+def test_method_and_common_alone_train_and_act(method, tmp_path):
+    """Only the two files, in an empty folder: the demo trains and acts, in 20 seconds of computing time."""
+    for name in (method.__name__, "common"):
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    done = shared()(f"{method.__name__}.py", cwd=tmp_path, alone=True)
+    assert done.rc == 0, done.err
+    losses = [float(x) for x in re.findall(r"loss ([\d.]+)", done.out)]
+    assert losses[-1] < 0.5 * losses[0] and done.cpu < 20
+    assert re.search(r"\d\.\d", done.out.rpartition("loss")[2].partition("\n")[2]), "no chunk was printed"
+
+
+def test_fidelity_tags_name_tests_that_exist(method):
+    text = (ROOT / f"{method.__name__}.py").read_text(encoding="utf-8")
+    tagged = re.split("PAPER!=CODE:|FAITHFUL:", text)[1:]
+    assert len(tagged) >= 2 and all("Test: test_" in after[:600] for after in tagged)
+    for file, test in re.findall(r"Test: (test_\w+\.py)::(\w+)", text):
+        assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), (file, test)
+
+
+# ---- Network and training ---------------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_every_view_and_every_word_counts(method):
+    model = make(method, views=("third", "wrist") if method.PREDICTS == "actions" else ("third",))
+    sample, = samples(model.cfg, 1)
+
+    def loss(**change):
+        return model.loss(batch_of(method, model, [sample | change], train=False))[0]
+    for view in model.cfg.views:
+        assert loss(images=sample["images"] | {view: 255 - sample["images"][view]}) != loss()
+    assert loss(instruction="put the blue cube on the plate") != loss() == loss()
+
+
+@torch.no_grad()
+def test_attention_kinds_agree(method):
+    model, eager = make(method), make(method, attn="eager")
+    rows = samples(model.cfg, 3)
+    a, b = (m.loss(batch_of(method, m, rows))[0] for m in (model, eager))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(act(model, rows), act(eager, rows), rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_given_to_the_optimizer_is_what_gets_a_gradient(method):
+    model = make(method).train()
+    model.loss(batch_of(method, model, samples(model.cfg, 3)))[0].backward()
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == trained
+    groups = model.param_groups(1e-3, 0.5)
+    assert sum(len(g["params"]) for g in groups) == len(trained) and {g["lr"] for g in groups} == {1e-3}
+
+
+def test_key_fixes_every_draw_of_a_sample_and_without_training_none_is_made(method):
+    changes, drawn = AUGMENTED.get(method.__name__, ({}, set()))
+    cfg = dataclasses.replace(method.PRESETS["tiny"], **SMALL.get(method.__name__, {}) | changes)
+    (sample, ), tokenizer = samples(cfg, 1), method.load_tokenizer(cfg)
+
+    def seen(**how):
+        return {n: x for n, x in method.prepare(sample, cfg, tokenizer, STATS, **how).items() if n != "key"}
+
+    def differ(a, *others):
+        return {n for n in a for b in others if not torch.equal(a[n], b[n])}
+    one, others = seen(key=1, train=True), [seen(key=k, train=True) for k in range(2, 12)]
+    assert differ(one, seen(key=1, train=True)) == set() == differ(seen(), seen(key=1), seen(key=2))
+    assert differ(one, *others) >= drawn                       # (some augment only some of the samples)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft: pip install peft")
+def test_adapters_count_when_acting(method):
+    model, merged = make(method), make(method)
+    rows = samples(model.cfg, 2)
+    before = act(model, rows)
+    try:
+        train.add_lora(model, 4)
+    except ValueError:                                         # it holds no model of transformers
+        return
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.5)
+    merged.load_state_dict(train.merge_lora(model.state_dict()))
+    np.testing.assert_allclose(act(model, rows), act(merged, rows), rtol=1e-3, atol=1e-4)
+    assert not np.allclose(act(model, rows), before, atol=1e-3)
+
+
+# ---- Acting -----------------------------------------------------------------------------------------------
+
+def test_act_on_batch_equals_act_one_by_one(method):
+    model = make(method)
+    rows = samples(model.cfg, 3)
+    assert len({tuple(batch_of(method, model, [o])["ids"].shape) for o in rows}) > 1
+    alone = np.concatenate([act(model, [o], i) for i, o in enumerate(rows)])
+    np.testing.assert_allclose(act(model, rows), alone, rtol=1e-3, atol=1e-4)
+
+
+def test_policy_plays_execute_steps_per_chunk_and_asks_for_the_next(method):
+    if method.PREDICTS != "actions":                           # what becomes of points is in its own tests
+        return
+    model = make(method)
+    o, chunk = samples(model.cfg, 1)[0], np.arange(4.0 * model.cfg.action_dim).reshape(4, -1)
+    chunk[:, -1] = 1                                           # the gripper: open
+    policy, later = method.Policy(model, execute=3), chunk + [*[1] * (chunk.shape[1] - 1), 0]
+    for row in (0, 1, 2):
+        assert policy.needs_chunk == (row == 0)
+        assert np.array_equal(policy.step(o, chunk if policy.needs_chunk else None), chunk[row])
+    assert policy.needs_chunk
+    policy.step(o, chunk)
+    assert not policy.needs_chunk
+    other = o | {"instruction": "b"}                           # a new task starts anew
+    assert np.array_equal(policy.step(other, later), later[0])
+    policy.reset()
+    assert policy.needs_chunk
+    torch.manual_seed(3)
+    want = model.act([policy.ask(o)])[0][0, 0]
+    torch.manual_seed(3)
+    np.testing.assert_allclose(policy.step(o)[:-1], want[:-1], atol=1e-6)                # it asks its model
+
+
+# ---- Checkpoints ------------------------------------------------------------------------------------------
+
+def test_saved_folder_loads_to_the_same_actions(method, tmp_path):
+    model, folder = make(method), tmp_path / "ck"
+    model.preset, model.origin = "tiny", {"started from": "nothing", "license": "MIT"}
+    rows = samples(model.cfg, 2)
+    want = act(model, rows)                                    # vla0's weights are views of fused ones now
+    model.save_pretrained(folder, card={"success": "80 %"})
+    again = method.from_pretrained(folder)
+    assert again.cfg == model.cfg and again.stats == STATS and not again.fresh
+    assert (again.preset, again.origin) == ("tiny", model.origin)
+    np.testing.assert_allclose(act(again, rows), want, rtol=1e-4, atol=1e-4)
+    assert not np.allclose(want[0], want[1], rtol=1e-2)
+    card = (folder / "README.md").read_text()
+    assert "license: MIT" in card and "success: 80 %" in card
+    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    assert abs((folder / "model.safetensors").stat().st_size - size) < 30_000              # nothing twice
+    again.save_pretrained(folder)                              # over itself, while its weights are mapped
+    third, half = method.from_pretrained(folder, execute=1), method.from_pretrained(folder, dtype="bf16")
+    assert third.cfg.execute == 1
+    assert torch.bfloat16 in {p.dtype for p in half.parameters()} or half.cfg.compute == "bf16"
+    with pytest.raises(ValueError, match="='int8'"):
+        method.from_pretrained(folder, dtype="int8")
+    assert all(torch.equal(a, b) for a, b in zip(third.state_dict().values(), model.state_dict().values()))
+    assert [p.requires_grad for p in third.parameters()] == [p.requires_grad for p in model.parameters()]
+
+
+# what is done to a checkpoint, and what the message must say (of tensors: the first vector's name)
+WEIGHTS = {"truncated": (lambda data: data[:len(data) // 2], "torn"), "empty": (lambda data: b"", "torn"),
+           "missing": (None, "no weights file")}
+CONFIG = {"torn": (lambda text: text[:40], "cannot read"), "another's": ({"method": "other"}, "'other'"),
+          "newer": ({"version": 99}, "version 99"), "no version": ({"version": "one"}, "version")}
+FIELDS = {"horison": ("3", "did you mean 'horizon'"), "views": ("None", "views"), "batch": ("'big'", "batch"),
+          "betas": ("[0.9]", "betas"), "execute": ("0", "execute")}
+TENSORS = {"one missing": lambda s, name: s.pop(name), "longer": lambda s, n: s.update({n: s[n].repeat(2)}),
+           "of integers": lambda s, n: s.update({n: s[n].char()}),
+           "all but one missing": lambda s, name: [s.pop(n) for n in [*s] if n != name]}
+
+
+@pytest.mark.parametrize("kind, how", [*(("weights", n) for n in WEIGHTS), *(("config", n) for n in CONFIG),
+                                       *(("field", n) for n in FIELDS), *(("tensor", n) for n in TENSORS)])
+def test_bad_checkpoint_is_one_clear_line(method, tmp_path, kind, how):
+    make(method).save_pretrained(tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    saved = json.loads(config.read_text())
+    if kind == "tensor":
+        state = load_file(weights)
+        name = next(n for n, t in state.items() if t.ndim == 1)
+        TENSORS[how](state, name)
+        save_file(state, weights)
+        words = f"missing, e.g. (?!{name})" if "all" in how else name
+    elif kind == "weights":
+        change, words = WEIGHTS[how]
+        weights.write_bytes(change(weights.read_bytes())) if change else weights.unlink()
+    elif kind == "config":
+        change, words = CONFIG[how]
+        config.write_text(change(config.read_text()) if callable(change) else json.dumps(saved | change))
+    else:
+        value, words = FIELDS[how]
+        config.write_text(json.dumps(saved | {"config": saved["config"] | {how: ast.literal_eval(value)}}))
+    with pytest.raises(ValueError, match=words) as caught:
+        method.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("where, words", [
+    ("nowhere/to/be/found", "no such file"), ("nobody/nothing", "offline"),
+    (".", "config.json|is there|no weights")])
+def test_path_that_leads_nowhere(method, tmp_path, monkeypatch, where, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        method.from_pretrained(where)
+
+
+# ---- What a user can get wrong ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("change, words", [
+    ({"instruction": "  "}, "say in words"), ({"instruction": None}, "say in words"),
+    ({"images": {}}, "images: a dict"), ({"images": np.zeros((8, 8, 3), np.uint8)}, "images: a dict"),
+    ({"images": {"third": np.zeros((8, 8, 3), np.float32)}}, r"found float32 \(8, 8, 3\)"),
+    ({"images": {"third": np.zeros((3, 8, 8), np.uint8)}}, r"found uint8 \(3, 8, 8\)"),
+    ({"images": {"third": np.zeros((8, 8), np.uint8)}}, r"found uint8 \(8, 8\)"),
+    ({"images": {"third": "picture.png"}}, "found str"), ({"state": np.zeros(7)}, "8 numbers are expected"),
+    ({"images": dict.fromkeys(("left", "right"), np.zeros((8, 8, 3), np.uint8))}, "looks at")])
+def test_wrong_observation_is_one_clear_line(method, change, words):
+    reads_state = hasattr(method.Config, "state_dim")
+    model = make(method, **{"state_dim": 8} if reads_state else {})
+    if reads_state or "state" not in change:
+        with pytest.raises(ValueError, match=words) as caught:
+            model.act([samples(model.cfg, 1)[0] | change])
+        assert "\n" not in str(caught.value)
+
+
+def test_unknown_unnorm_key_names_the_known_ones(method):
+    if method.PREDICTS != "actions":                           # points in a picture have no robot's units
+        return
+    model = make(method)
+    model.stats = {**STATS, "other": STATS["toy"]}
+    for key, words in (("nobody", "unnorm_key='nobody'.*'other', 'toy'"), (None, "no unnorm_key was given")):
+        with pytest.raises(ValueError, match=words):
+            model.act(samples(model.cfg, 1), key)
+    model.stats = {}
+    with pytest.raises(ValueError, match="no dataset statistics"):
+        model.act(samples(model.cfg, 1))
+
+
+WRONG = {
+    "execute=999": lambda m: m.Config(execute=999), r"views=\(\)": lambda m: m.Config(views=()),
+    "lr=-1": lambda m: m.Config(lr=-1), "steps=0": lambda m: m.Config(steps=0),
+    "ema=1.0": lambda m: m.Config(ema=1.0), "'linear'": lambda m: m.Config(lr_schedule="linear"),
+    "did you mean 'horizon'": lambda m: m.configure(m.Config(), horison=8),
+    "execute=99": lambda m: m.Policy(make(m), execute=99),
+    "at least one observation": lambda m: make(m).act([])}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_wrong_argument_is_one_clear_line(method, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        WRONG[words](method)
+    assert "\n" not in str(caught.value)

@@ -107,6 +107,7 @@ class Config:
     data: str = ""                    # train.py's --data when none is given
     # training (official conf/vla.py and readme: 8 GPUs x 32)
     lr: float = 2e-5
+    head_lr: float = 0.0              # of the DiT, which starts from nothing; 0: lr (official)
     lr_schedule: str = "constant"     # constant | cosine
     warmup: int = 0                   # steps
     betas: tuple = (0.9, 0.999)
@@ -982,9 +983,12 @@ class Model(nn.Module):
 
     def param_groups(self, lr, weight_decay):
         """For the optimizer: all that trains; weight decay (officially 0) where dims are two or more."""
-        train = [p for p in self.parameters() if p.requires_grad]
-        return [{"params": [p for p in train if p.ndim >= 2], "lr": lr, "weight_decay": weight_decay},
-                {"params": [p for p in train if p.ndim < 2], "lr": lr, "weight_decay": 0.0}]
+        head, groups = set(self.action_model.parameters()), {}
+        for p in self.parameters():
+            if p.requires_grad:
+                groups.setdefault((p in head, p.ndim >= 2), []).append(p)
+        return [{"params": params, "lr": in_head and self.cfg.head_lr or lr,
+                 "weight_decay": weight_decay * matrix} for (in_head, matrix), params in groups.items()]
 
     def save_pretrained(self, folder, card=None, state=None):
         """Write our checkpoint folder. card: more lines for README.md {name: text}; state: other weights."""

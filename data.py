@@ -491,6 +491,16 @@ def _write_limits(limits, path):
         np.savez(file, **limits, **{f"action_{name}": values for name, values in limits.items()})
 
 
+def community_encode(actions, low, high, num_bins):
+    """Actions (..., D) -> integers as the original makes them; all in float32.
+
+    FAITHFUL: 1e-6 more range, which decoding does not know. A dimension that never varies becomes 0.
+    Test: test_data.py::test_builder_writes_the_recorded_integers_and_text
+    """
+    x = (actions - low) / (high - low + np.float32(1e-6)) * np.float32(num_bins)
+    return np.clip(np.rint(x), 0, num_bins).astype(int)
+
+
 def _write_samples(out, low, high, horizon, num_bins, job):
     """Write the pictures of one demonstration; return its lines.
 
@@ -501,10 +511,7 @@ def _write_samples(out, low, high, horizon, num_bins, job):
         actions = file[f"data/{demo}/actions"][:].astype(np.float32)
         pictures = np.concatenate([file[f"data/{demo}/{name}"][:] for name in CAMERAS], 2)
     instruction = path.stem.replace("_demo", "").replace("_", " ").strip()       # a scene's name stays in
-    # FAITHFUL: 1e-6 more range, which decoding does not know; all in float32. A dimension that never varies
-    # becomes 0. Test: test_data.py::test_builder_writes_the_recorded_integers_and_text
-    x = (actions - low) / (high - low + np.float32(1e-6)) * np.float32(num_bins)         # (frames, D)
-    q, lines = np.clip(np.rint(x), 0, num_bins).astype(int), []
+    q, lines = community_encode(actions, low, high, num_bins), []                # (frames, D)
     for t in range(first, len(q) - horizon):
         image = f"images/{number + t:08d}.png"
         Image.fromarray(pictures[t]).save(out / image)

@@ -916,6 +916,7 @@ def run_wave(jobs, model, method, split, control="", unnorm_key=None, execute=No
             chunks = dict(zip(need, out))                              # (T, A) each
             for i, bad in zip(need, info.get("parse_failed", [])):
                 failed[i] += bool(bad)
+                policies[i].parse_failed = bool(bad)                   # vla0's averages no such chunk
         for i in list(live):
             env = envs[i]
             if policies:                                              # no picture: its queue is not empty

@@ -11,7 +11,7 @@ Paper: https://arxiv.org/abs/2510.13054    Official code: https://github.com/NVl
 
 What is special: no new tokens, no head, no state input. In training, random characters of the answer are
 hidden in the input (not in the target), so that a number is read off the picture, not off the digits before.
-That also makes exact speculative decoding work: the previous chunk is the draft of the next one.
+Decoding is speculative and exact, with the previous chunk as draft; the hiding may help it to be accepted.
 
 Actions: LIBERO's dx dy dz, drx dry drz in [-1, 1] (deltas), gripper -1 open, +1 closed. Tabletop: see
 eval_sim.py.
@@ -105,18 +105,18 @@ class Config:
     tokenizer: str = "Qwen/Qwen2.5-VL-3B-Instruct"   # "tiny", a folder or file, or a hub id
     # acting
     execute: int = 1                  # actions played per chunk
-    ensemble: str = "1"           # of overlapping chunks: the official versions "1", "2"; "none"
+    ensemble: str = "1"           # of overlapping chunks: official "1", "2"; community "integer"; "none"
     ensemble_horizon: int = 8         # chunks averaged, the newest counts
     ensemble_weight: float = 0.5      # version 2: chunk k calls ago weighs this to the power k
     grammar: bool = True              # only well-formed chunks; False: the official mask of 12 tokens alone
     strict: bool = False              # malformed text: the official fallbacks instead of ours
     repetition_penalty: float = 1.05  # of generation_config.json (Qwen2.5-VL-Instruct ships 1.05)
     temperature: float = 0.0         # 0: greedy, as in the LIBERO evaluation; the official server: 0.1
-    draft: str = "previous"           # speculate with: previous (chunk) | none; the text is the same
-    redraft: str = "jacobi"           # after a wrong guess: jacobi, guess this pass' words where numbers keep
-    #                                   their lengths | align, keep the draft
-    window: int = 0                   # tokens read per pass; 0: the whole draft
-    max_new_tokens: int = 1024        # official; with the grammar a chunk ends by itself
+    draft: str = "previous"           # previous (chunk) | none: no chunk as draft; the text is the same
+    redraft: str = "jacobi"           # after a wrong guess: jacobi, guess this pass' words | align, keep the
+    #                                   draft; both move along where a number grows or shrinks
+    window: int = 0                   # tokens read per pass; 0: the whole draft; 1: symbol by symbol
+    max_new_tokens: int = 1024        # official; a number that it cuts is dropped: parse_failed
     # data and training
     mask_max: float = 0.4             # at most this share of the answer's characters is hidden ...
     mask_none: float = 0.1            # ... and none in this share of the samples
@@ -146,7 +146,7 @@ class Config:
             most={"execute": "horizon", "crop": 1, "mask_max": 1, "mask_none": 1},
             below={**dict.fromkeys(ids, "vocab"), "gripper_index": "action_dim", "ema": 1, "betas": 1,
                    "full_attention": "vit_depth", "seed": 2**63},
-            choices={"ensemble": ("1", "2", "none"), "draft": ("previous", "none"),
+            choices={"ensemble": ("1", "2", "integer", "none"), "draft": ("previous", "none"),
                      "redraft": ("jacobi", "align"), "padding": ("repeat", "mask"),
                      "lr_schedule": ("constant", "cosine")})
         if 2 * sum(self.mrope_section) != self.llm_width // self.llm_heads:
@@ -241,10 +241,9 @@ def parse_strict(texts, low, high, num_bins, horizon):
 
 
 def parse_safe(text, num_bins, horizon, D):
-    """Our parser: one text -> (integers (T, D) or None, what was wrong with the text or "").
+    """Our parser: one text -> (integers (n, D) of n <= T steps, what was wrong with the text or "").
 
-    Whole steps before the first flaw are kept, the last of them repeated to fill the chunk; numbers are
-    clamped. None: not one whole step, so the caller holds the pose. A flawless text: the official result.
+    Whole steps before the first flaw are kept, numbers are clamped. A flawless text: the official result.
     """
     problem, numbers = "", []
     for word in text.strip().split(" "):
@@ -257,35 +256,13 @@ def parse_safe(text, num_bins, horizon, D):
     if len(numbers) != horizon * D:
         problem = problem or f"{len(numbers)} numbers instead of {horizon * D}"
     steps = min(len(numbers) // D, horizon)
-    if not steps:
-        return None, problem
-    q = np.array(numbers[:steps * D]).reshape(steps, D)
-    return np.concatenate([q, np.repeat(q[-1:], horizon - steps, 0)]), problem
+    return np.array(numbers[:steps * D], np.int64).reshape(steps, D), problem
 
 
 def bounds(stats):
     """min and max (D,) of a dataset's actions: float32, unless the statistics say float64 (LeRobot's do)."""
     kind = np.dtype(stats.get("dtype", "float32"))
     return np.asarray(stats["min"], kind), np.asarray(stats["max"], kind)
-
-
-def community_encode(actions, low, high, num_bins=1000):
-    """Integers as Allenfree/VLA-0 makes them: 1e-6 more range, so that max may round down; float32."""
-    low, high = np.asarray(low, np.float32), np.asarray(high, np.float32)
-    x = (np.asarray(actions, np.float32) - low) / (high - low + np.float32(1e-6)) * np.float32(num_bins)
-    return np.clip(np.rint(x), 0, num_bins).astype(np.int64)
-
-
-def community_decode(text, low, high, horizon, D, num_bins=1000):
-    """Its parser: text -> (integers (T, D), actions float32). Numbers hidden as X or missing are 500.
-
-    Its inference parses prompt and answer together, so the prompt's own numbers come first: a mistake that
-    this function shows when it is given such a text, and that ours does not repeat.
-    """
-    low, high = np.asarray(low, np.float32), np.asarray(high, np.float32)
-    numbers = [500 if "X" in word else int(word) for word in re.findall("[0-9X]+", text)][:horizon * D]
-    q = np.array(numbers + [500] * (horizon * D - len(numbers)), np.int64).reshape(horizon, D)
-    return q, ((q / num_bins) * (high - low) + low).astype(np.float32)
 
 
 # ---- Text: the chat, the hidden characters, the labels --------------------------------------------------
@@ -684,14 +661,16 @@ class Writer:
     draft can only save passes, and every pass commits at least one symbol. Everything stays on the device.
     """
 
-    def __init__(self, cfg, reader, batch, rows, drafts, seed=None):
-        """rows (B, L, D): the prompts' embeddings; drafts: a list of B texts, or None for a row without."""
+    def __init__(self, cfg, reader, batch, rows, drafts, seed=None, looks=None):
+        """rows (B, L, D): the prompts' embeddings; drafts: a list of B texts, or None for a row without;
+        looks: passes per look at the device (None: what is fastest)."""
         self.cfg, self.reader, self.length, self.delta = cfg, reader, batch["length"], batch["delta"]
         device, (B, L, _) = rows.device, rows.shape
         whole = cfg.horizon * cfg.action_dim * (cfg.digits + 1)
         self.limit = min(cfg.max_new_tokens, whole) if cfg.grammar else cfg.max_new_tokens
         longest = min(self.limit, max([len(d) for d in drafts if d], default=0))
         self.window = cfg.window or (longest + cfg.digits if longest else 1 + cfg.grammar)
+        self.looks = looks or (1 if self.window > 2 else 16)
         size = 1 + self.limit + self.window
         text = torch.full((B, size), SPACE)
         for row, draft in zip(text, drafts):
@@ -788,7 +767,6 @@ class Writer:
 
     def __iter__(self):
         """Write to the end; yields after every look at the device: once per pass when speculating."""
-        looks = 1 if self.window > 2 else 16                                        # passes per look
         while True:
             yield self
             left = torch.where(self.done, self.limit, self.count).amin()
@@ -798,13 +776,14 @@ class Writer:
             window = self.window
             if window > 32:                                                      # few shapes: multiples of 32
                 window = min(window, max(32, -(-(window - first) // 32) * 32))
-            for _ in range(looks):
+            for _ in range(self.looks):
                 self.read(window)
 
-    def texts(self):
-        """What is committed, as B strings without the end."""
-        rows, counts = self.text[:, 1:].tolist(), self.count.tolist()
-        return ["".join(SYMBOLS[s] for s in row[:n] if s != END) for row, n in zip(rows, counts)]
+    def texts(self, whole=False):
+        """What is committed, as B strings without the end. whole: without a number that may have gone on."""
+        rows = [row[:n] for row, n in zip(self.text[:, 1:].tolist(), self.count.tolist())]
+        texts = ["".join(SYMBOLS[s] for s in row if s != END) for row in rows]
+        return [t[:t.rfind(" ") + 1] if whole and END not in row else t for row, t in zip(rows, texts)]
 
 
 # ---- The model ------------------------------------------------------------------------------------------
@@ -883,19 +862,23 @@ class Model(nn.Module):
             for m in sharded:
                 m.reshard()
 
-    @torch.no_grad()                   # as a decorator, it is off again whenever the caller has its turn
-    def write(self, observations, cfg, seed=None):
+    def write(self, observations, cfg, seed=None, looks=None):
         """Yield a Writer for these observations, again and again as it gets on; see act."""
+        turns = self.turns(observations, cfg, seed, looks)
+        turn = torch.autocast(self.device.type, enabled=False)(lambda: next(turns, None))
+        yield from iter(turn, None)                            # autocast is on again in the caller's turn
+
+    @torch.no_grad()                   # as a decorator, it is off again whenever the caller has its turn
+    def turns(self, observations, cfg, seed, looks):
         self.tokenizer = self.tokenizer or load_tokenizer(cfg)
         keep = ("images", "instruction", "state")
         seen = [{name: o[name] for name in keep if name in o} for o in observations]
         batch = collate([prepare(o, cfg, self.tokenizer) for o in seen], cfg)
         batch = {name: value.to(self.device) for name, value in batch.items()}
         drafts = [o.get("draft") if cfg.draft == "previous" else None for o in observations]
-        with torch.autocast(self.device.type, enabled=False):
-            rows = self.embed(batch)                                                # (B, L, D)
-            with self.reading() as reader:
-                yield from Writer(cfg, reader, batch, rows, drafts, seed)
+        rows = self.embed(batch)                                                    # (B, L, D)
+        with self.reading() as reader:
+            yield from Writer(cfg, reader, batch, rows, drafts, seed, looks)
 
     def act(self, observations, unnorm_key=None, seed=None, **how):
         """A list of raw observations -> (chunks (B, T, D) float32 in robot units, info).
@@ -914,11 +897,12 @@ class Model(nn.Module):
         texts = writer.texts()
         info = {"texts": texts, "tokens": writer.count.cpu().numpy(), "passes": writer.passes.cpu().numpy()}
         actions, problems = [], []
-        for text, observation in zip(texts, observations):
+        for text, observation in zip(writer.texts(whole=True), observations):
             q, problem = parse_safe(text, cfg.num_bins, cfg.horizon, cfg.action_dim)
-            hold = np.tile(hold_pose(cfg, observation), (cfg.horizon, 1)) if q is None else None
-            actions.append(decode_integers(q, low, high, cfg.num_bins) if hold is None else hold)
             problems.append(problem)
+            if not cfg.strict:                                 # the last whole step fills the chunk
+                rows = [*decode_integers(q, low, high, cfg.num_bins)] or [hold_pose(cfg, observation)]
+                actions.append(rows + rows[-1:] * (cfg.horizon - len(rows)))
         if cfg.strict:
             actions = parse_strict(texts, low, high, cfg.num_bins, cfg.horizon)
         actions = np.asarray(actions, np.float64)                                   # (B, T, D)
@@ -927,18 +911,23 @@ class Model(nn.Module):
         return actions.astype(np.float32), info
 
     def stream(self, observation, unnorm_key=None, seed=None, **how):
-        """Yield (t, action (D,) float64) of one observation, each step once, as soon as its numbers stand."""
+        """Yield (t, action (D,) float64) of one observation, each step once, as soon as its numbers stand.
+
+        It ends at the first flaw in the text, and returns what that is ("": nothing).
+        """
         cfg, given = configure(self.cfg, **how) if how else self.cfg, 0
+        if cfg.strict:
+            raise ValueError("stream() cannot be strict, the official parser needs a whole text: use act().")
         low, high = bounds(pick_stats(self.stats, unnorm_key))
-        for writer in self.write([observation], cfg, seed):
-            text = writer.texts()[0]
-            if not bool(writer.done[0]):                                           # the last number may go on
-                text = text[:text.rfind(" ") + 1]
-            steps = len(text.strip().split(" ")) // cfg.action_dim
-            q, _ = parse_safe(text, cfg.num_bins, steps, cfg.action_dim)
-            for row in q[given:cfg.horizon] if q is not None else ():
-                yield given, np.asarray(decode_integers(row, low, high, cfg.num_bins), np.float64)
+        for writer in self.write([observation], cfg, seed, looks=1):
+            text = writer.texts(whole=True)[0]
+            q, problem = parse_safe(text, cfg.num_bins, cfg.horizon, cfg.action_dim)
+            for action in decode_integers(q[given:], low, high, cfg.num_bins):
+                yield given, np.asarray(action, np.float64)
                 given += 1
+            if text.strip().count(" ") // cfg.action_dim > len(q):                  # no step can follow
+                break
+        return problem
 
     def blocks(self):
         """The modules to shard, checkpoint or compile one by one, in order of use."""
@@ -996,19 +985,15 @@ def hold_pose(cfg, observation):
 
 
 def ensemble_weights(candidates, version="1", weight=0.5):
-    """VLA-0's: the newest weighs 1, older ones 0.5 (version 1) or weight**k (2). candidates (n, A) -> (n,).
+    """VLA-0's: the newest weighs 1, older ones 0.5 (version 1), weight**k (2), 1 (integer). (n, A) -> (n,).
 
     PAPER!=CODE: the paper describes a plain mean; the released evaluation uses version 1.
     Test: test_vla0.py::test_ensembles_match
     """
     age = np.arange(len(candidates))[::-1]                                          # oldest first
+    weight = 1.0 if version == "integer" else weight
     w = np.where(age == 0, 1.0, 0.5) if version == "1" else weight ** age.astype(float)
     return w / w.sum()
-
-
-def integer_mean(candidates):
-    """The community version's ensemble: the plain mean of integer rows, rounded half to even, in 0..1000."""
-    return np.clip(np.rint(np.mean(candidates, 0)), 0, 1000).astype(np.int64)
 
 
 def sign_gripper(action, index=6):
@@ -1022,8 +1007,10 @@ def sign_gripper(action, index=6):
 class Policy:
     """A session with one robot: chunks in, one action per control step out.
 
-    execute: actions played per chunk (default: the config's); ensemble: of overlapping chunks, "1", "2" or
-    "none". robot: None, or "libero": its wait steps, turned frames and gripper sign.
+    execute: actions played per chunk (default: the config's); ensemble: of overlapping chunks, "1", "2",
+    "integer" (as the community version: the mean of the integers) or "none". robot: None, or "libero": its
+    wait steps, turned frames and gripper sign (from Python only: eval_sim.py and serve.py have no flag for
+    it). parse_failed: of the last chunk, which is then played as it is; set it before a step with a chunk.
     """
 
     def __init__(self, model, unnorm_key=None, execute=None, robot=None, ensemble=None, ensemble_horizon=None,
@@ -1041,6 +1028,7 @@ class Policy:
             print(f"warning: execute={cfg.execute} plays whole chunks of {cfg.horizon}: no two overlap, so "
                   "the ensemble has nothing to average.", file=sys.stderr)
         self.ensemble = ChunkEnsemble(cfg.ensemble_horizon if used else 1, weights, cfg.execute)
+        self.parse_failed = False
         self.reset()
 
     def reset(self, instruction=None):
@@ -1063,11 +1051,24 @@ class Policy:
             extra["images"] = {view: image[::-1, ::-1] for view, image in observation["images"].items()}
         return {**observation, **extra}
 
+    def limits(self):
+        """(low, high, num_bins): what turns actions into integers, and back."""
+        return *bounds(pick_stats(self.model.stats, self.unnorm_key)), self.cfg.num_bins
+
     def next_draft(self):
         """The last chunk without the steps that were played; its last step fills the rest."""
-        low, high = bounds(pick_stats(self.model.stats, self.unnorm_key))
-        q, _ = encode_actions(self.chunk, low, high, self.cfg.num_bins)
+        q, _ = encode_actions(self.chunk, *self.limits())
         return to_text(np.concatenate([q[self.execute:], np.repeat(q[-1:], min(self.execute, len(q)), 0)]))
+
+    def average(self):
+        """The next `execute` actions: those of the last chunk, averaged with what earlier ones said."""
+        if self.parse_failed and not self.cfg.strict:          # holding the pose is no motion to average
+            self.ensemble.reset()
+            return self.chunk[:self.execute]
+        if self.cfg.ensemble != "integer":
+            return self.ensemble.push(self.chunk)
+        q = self.ensemble.push(encode_actions(self.chunk, *self.limits())[0]).round(6)     # halves are halves
+        return decode_integers(np.rint(q), *self.limits()).astype(np.float64)
 
     def step(self, observation, chunk=None):
         """The action for now, (D,) float64. chunk: (T, D) in robot units if model.act was already asked."""
@@ -1080,12 +1081,13 @@ class Policy:
             return np.array(LIBERO["dummy_action"])
         if self.needs_chunk:
             if chunk is None:
-                chunk = self.model.act([self.ask(observation)], self.unnorm_key)[1]["actions"][0]
+                _, info = self.model.act([self.ask(observation)], self.unnorm_key)
+                chunk, self.parse_failed = info["actions"][0], bool(info["parse_failed"][0])
             if not len(chunk):                                 # the official parser makes such ones
                 raise ValueError("the model wrote less than one action; strict=True makes that an empty "
                                  "chunk, as officially. Without it the pose is held.")
             self.chunk = np.asarray(chunk, np.float64)                              # (T, D)
-            self.queue.extend(self.ensemble.push(self.chunk))                       # `execute` actions
+            self.queue.extend(self.average())
         self.last_action = action = self.queue.popleft()
         return sign_gripper(action, self.cfg.gripper_index) if self.robot == "libero" else action
 
@@ -1202,7 +1204,10 @@ def from_pretrained(path_or_id, *, preset=None, tokenizer=None, attn="auto", dev
     else:
         if preset not in (None, *PRESETS):
             raise ValueError(f"preset {preset!r} does not exist; choose one of {', '.join(PRESETS)}.")
-        state, sizes = read_official(folder)
+        try:
+            state, sizes = read_official(folder)
+        except KeyError as e:
+            raise ValueError(f"{folder}: no {e} in config.json (or the weights' index); is it torn?") from e
         cfg = configure(PRESETS[preset or "3b"], **{**sizes, **overrides})
         names = ("dataset_statistics.json", "dataset_stats.json", "dataset_stats.pkl")
         found = [run / name for name in names if (run / name).is_file()]
@@ -1214,10 +1219,10 @@ def from_pretrained(path_or_id, *, preset=None, tokenizer=None, attn="auto", dev
         model = Model(cfg, attn=pick_attention(attn, where))
     check_fit(model.state_dict(), state, folder)
     model.load_state_dict(state, assign=True)
-    model.model.rotary_emb = qwen.Qwen2_5_VLRotaryEmbedding(model.model.config)    # tables, in no file
-    model.visual.rotary_pos_emb = qwen.Qwen2_5_VLVisionRotaryEmbedding(model.visual.config)
     if dtype:
         model.to({"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
+    model.model.rotary_emb = qwen.Qwen2_5_VLRotaryEmbedding(model.model.config)    # in no file, and in every
+    model.visual.rotary_pos_emb = qwen.Qwen2_5_VLVisionRotaryEmbedding(model.visual.config)   # type float32
     given = tokenizer is not None and not isinstance(tokenizer, (str, Path))
     model.tokenizer = tokenizer if given else load_tokenizer(cfg, None if tokenizer else folder)
     model.stats, model.preset, model.origin = stats, preset, origin

@@ -626,6 +626,16 @@ def test_language_head_and_other_unused_parts_are_frozen_and_without_gradient():
     assert sum(len(g["params"]) for g in model.param_groups(1e-3, 0.0)) == len(trained)
 
 
+def test_action_head_may_have_its_own_learning_rate_and_vectors_never_decay():
+    for cfg, head in ((tiny(head_lr=3e-3), 3e-3), (tiny(head_lr=0.0), 1e-3)):
+        model = make(cfg)
+        names = {p: n for n, p in model.named_parameters()}
+        for group in model.param_groups(1e-3, 0.5):
+            for p in group["params"]:
+                assert group["lr"] == (head if names[p].startswith("action_model") else 1e-3)
+                assert group["weight_decay"] == 0.5 * (p.ndim >= 2)
+
+
 def test_copies_are_tiled_over_the_whole_batch():
     """Row r B + i of noise, steps and drops belongs to sample i."""
     model = make()

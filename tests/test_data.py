@@ -483,10 +483,11 @@ def test_built_samples_are_the_recordings_in_order(libero, tmp_path):
     assert limits["min"] == np.concatenate(every).astype(np.float32).min(0).tolist()    # the short one's, too
     for i, ((task, demo, t), line) in enumerate(zip(frames, lines, strict=True)):
         recording, got = recordings[f"{task}_demo.hdf5"][f"data/{demo}"], dataset[i]
-        q = vla0.community_encode(recording["actions"][t:t + 8], limits["min"], limits["max"])
+        low, high = (np.float32(limits[name]) for name in ("min", "max"))
+        q = data.community_encode(recording["actions"][t:t + 8].astype(np.float32), low, high, 1000)
         assert line["target_action_text"] == got["action_text"] == vla0.to_text(q)
-        _, actions = vla0.community_decode(got["action_text"], limits["min"], limits["max"], 8, 7)
-        assert np.array_equal(got["actions"], actions) and got["loss_mask"].all()
+        np.testing.assert_allclose(got["actions"], vla0.decode_integers(q, low, high, 1000), atol=1e-6)
+        assert got["loss_mask"].all()
         assert np.array_equal(got["images"]["third"], recording[data.CAMERAS[0]][t])     # not turned
         assert np.array_equal(got["images"]["wrist"], recording[data.CAMERAS[1]][t])
         assert got["instruction"] == task.split("/")[1].replace("_", " ")

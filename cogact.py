@@ -144,8 +144,8 @@ PRESETS = {
         dino_mlp=256, siglip_width=64, siglip_depth=4, siglip_heads=2, siglip_mlp=239, llm_width=128,
         llm_depth=4, llm_heads=4, llm_mlp=256, llm_init=0.06, vocab=512, space_id=3, pad_id=4,
         tokenizer="tiny", width=96, depth=3, heads=4, horizon=8, execute=4, cfg_scale=2.0, augment=False,
-        train_resize="bicubic", padding="mask", data="tabletop", lr=6e-4, lr_schedule="cosine", warmup=50,
-        batch=32, steps=2600, init="assets/cogact_tiny_trunk.safetensors"),
+        train_resize="bicubic", padding="mask", data="tabletop", lr=3e-4, head_lr=2.4e-3,
+        lr_schedule="cosine", warmup=50, batch=32, steps=2000, init="assets/cogact_tiny_trunk.safetensors"),
 }
 PREDICTS = "actions"              # of a sample; see the top of common.py
 

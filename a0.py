@@ -19,6 +19,7 @@ contact, points 1-4 say where the object goes then. Action execution was never r
     python a0.py                                                      # tiny demo, CPU, no download
     python a0.py --image x.png --instruction "pick up the mug"        # -> x_points.png, x.json
     python a0.py --test maniskill --ckpt JianZhangAI/A0-1B --data DIR # the official metrics
+    python a0.py --test tabletop --ckpt runs/a0-tiny/last --plot e.png # and each point's error
     torchrun --nproc_per_node=2 train.py --model a0 --preset 1b --init JianZhangAI/A0-1B-pretrain --data ...
 """
 import functools
@@ -86,6 +87,8 @@ class Config:
     grip_steps: int = 2               # control steps in which the gripper opens or closes
     grip_width: float = 0.084         # what fits between the open fingers [m]
     table: float = 0.006              # what is lower in the base frame is no thing [m]
+    reach: float = 0.8                # farthest from the base that the hand goes [m]
+    miss: float = 0.04                # farthest from a thing that the contact may be [of the picture's width]
     # data
     single_image: float = 0.0         # share of training without reference; official readers do it: 0.4
     condition_mask: float = 0.0       # how often training hides a frame, or the text (cond_mask_prob)
@@ -131,7 +134,8 @@ PRESETS = {
         views=("third",), image_size=96, vision="tiny", text="tiny", tokenizer="tiny", patch_size=12,
         siglip_width=64, qwen_width=64, vocab=512, pad_id=4, max_text=256, width=128, depth=6, heads=4,
         reference="none", augment=False, image_aug=False, data="tabletop", lr=1e-3, lr_schedule="cosine",
-        warmup=50, weight_decay=0.0, grad_clip=1.0, batch=32, steps=3000),
+        warmup=50, weight_decay=0.0, grad_clip=1.0, batch=32, steps=3000,
+        init="assets/a0_tiny_trunk.safetensors"),
 }
 PREDICTS = "waypoints"            # of a sample; see the top of common.py
 
@@ -528,6 +532,7 @@ def ema_decay(step, most=0.9999, power=0.75, inv_gamma=1.0, after=0, least=0.0):
 class Model(nn.Module):
     """A0. `model` (the denoiser) and the three adaptors carry the official names, and are all that trains.
     preset, origin: for the record in saved checkpoints; fresh: parameters that a checkpoint did not hold."""
+    resized = ("model.x_pos_embed", "model.img_cond_pos_embed")    # by horizon and history, 1 in pre-training
 
     def __init__(self, cfg, tokenizer=None, stats=None, attn="auto"):
         super().__init__()
@@ -783,12 +788,16 @@ def meet(point, size, K, pose, height):
     return (eye + ray * (height - eye[2]) / ray[2])[:2]
 
 
-def thing_at(points, pixel, solid):
-    """The connected surface nearest to a pixel (x, y), bool (h, w); points (h, w, 3), solid (h, w): where."""
+def thing_at(points, pixel, solid, miss):
+    """The connected surface nearest to a pixel (x, y), bool (h, w); points (h, w, 3), solid (h, w): where.
+    ValueError if it is further away than `miss`, of the width."""
     rows, columns = np.nonzero(solid)
     if not len(rows):
         raise ValueError("no valid depth above the table in the whole picture. Look at the depth camera.")
-    first = np.hypot(columns + 0.5 - pixel[0], rows + 0.5 - pixel[1]).argmin()
+    away = np.hypot(columns + 0.5 - pixel[0], rows + 0.5 - pixel[1]) / len(solid[0])       # (n,)
+    first = away.argmin()
+    if away[first] > miss:
+        raise ValueError(f"the contact is {away[first]:.0%} of the picture's width away from any thing.")
     part, todo = np.zeros_like(solid), [(rows[first], columns[first])]
     while todo:
         r, c = todo.pop()
@@ -800,15 +809,25 @@ def thing_at(points, pixel, solid):
     return part
 
 
-def grasp_yaw(centre, thing, others, width):
+def side_normals(points, part):
+    """Where the visible sides of a thing face, seen from above: (k, 2). points (h, w, 3), part (h, w)."""
+    right, down = points[:-1, 1:] - points[:-1, :-1], points[1:, :-1] - points[:-1, :-1]
+    normal = np.cross(right, down)                                                     # (h - 1, w - 1, 3)
+    normal /= np.linalg.norm(normal, axis=-1, keepdims=True).clip(1e-12)
+    return normal[part[:-1, :-1] & part[:-1, 1:] & part[1:, :-1] & (np.abs(normal[..., 2]) < 0.5), :2]
+
+
+def grasp_yaw(centre, thing, others, normals, width):
     """The hand's yaw [rad] with free places for its fingers, which open along its y axis, and the thing
-    narrow between them. centre (2,), thing (n, 3), others (m, 3) [m]; width [m] of the open hand."""
+    narrow between them, its sides flat against hand and fingers. centre (2,), thing (n, 3), others (m, 3)
+    [m], normals (k, 2); width [m] of the open hand."""
     def cost(yaw):
-        axis = np.array([-np.sin(yaw), np.cos(yaw)])
+        axis, across = np.array([[-np.sin(yaw), np.cos(yaw)], [np.cos(yaw), np.sin(yaw)]])
         wide = np.ptp((thing[:, :2] - centre) @ axis)
+        askew = 1 - np.abs(normals @ np.stack([axis, across], 1)).max(1).mean() if len(normals) else 0
         tips = centre + np.array([[-1], [1]]) * (width / 2 + 0.007) * axis             # (2, 2)
         near = np.linalg.norm(others[None, :, :2] - tips[:, None], axis=-1) < 0.016    # (2, m)
-        return near.any(1).sum() + 2 * (wide > width) + wide, abs(yaw)
+        return near.any(1).sum() + 2 * (wide > width) + wide + 0.02 * askew, abs(yaw)
     return min(np.linspace(-1.2, 1.2, 13), key=cost)
 
 
@@ -822,16 +841,17 @@ def resting_place(point, size, K, pose, top, others):
     return xy, 0.0
 
 
-def plan(points, depth, K, pose, hand, manner, cfg):
+def plan(points, depth, K, pose, hand, manner, cfg, grasps=None):
     """Points (5, 2) in [0, 1] -> targets to meet in order: (xyz (3,) [m], yaw [rad], gripper: 1 is open).
 
-    depth, K, pose: as for `cloud`; hand (3,) [m]: where the gripper is, which is no thing. ValueError: no
-    depth, or a point that cannot be reached.
+    depth, K, pose: as for `cloud`; hand (3,) [m]: where the gripper is, which is no thing. grasps (G, 4):
+    x y z yaw of a sampler, of which the one nearest to the contact is taken (as in the paper), not ours.
+    ValueError: no depth, or a point that cannot be reached.
     """
     seen, (h, w) = cloud(depth, K, pose), depth.shape                                  # (h, w, 3)
     over = np.linalg.norm(seen[..., :2] - hand[:2], axis=-1) < 0.075                   # of the hand
     solid = (seen[..., 2] > cfg.table) & (seen[..., 2] < np.where(over, min(hand[2] - 0.012, 0.1), 0.1))
-    part = thing_at(seen, points[0] * [w, h], solid)
+    part = thing_at(seen, points[0] * [w, h], solid, cfg.miss)
     thing, others = seen[part], seen[solid & ~part]                                    # (n, 3), (m, 3)
     centre, top = (thing[:, :2].min(0) + thing[:, :2].max(0)) / 2, thing[:, 2].max()
     clear = max(top, others[:, 2].max(initial=0)) + 0.03                               # above all that stands
@@ -842,7 +862,12 @@ def plan(points, depth, K, pose, hand, manner, cfg):
         start = centre - way * (half + 0.034)
         spots = [(start, clear), (start, 0.02), (end - way * half, 0.02), (end - way * half, clear)]
         return [(np.array([*xy, z]), 0.0, 0) for xy, z in spots]
-    yaw, z = grasp_yaw(centre, thing, others, cfg.grip_width), max(0.45 * top, 0.018)
+    if grasps is None:
+        yaw = grasp_yaw(centre, thing, others, side_normals(seen, part), cfg.grip_width)
+        z = max(0.45 * top, 0.018)
+    else:
+        contact = back_project(points[:1], depth_at(depth, points[:1]), K, (w, h), pose)[0]
+        *centre, z, yaw = np.asarray(grasps, np.float64)[nearest_grasp(np.asarray(grasps)[:, :3], contact)]
     targets = [(centre, clear + 0.02, 1), (centre, z, 1), (centre, z, 0), (centre, clear + z, 0)]
     if manner == "place":
         end, floor = resting_place(points[-1], (w, h), K, pose, top, others)
@@ -868,14 +893,15 @@ def to_actions(targets, hand, yaw, gripper, cfg):
 class Policy:
     """A session with one arm: points in, one action (7,) per control step out, until the path is played.
 
-    manner: slide, lift or place (None: the instruction's verb says). An observation also holds state (x y z
+    manner: slide, lift or place (None: the instruction's verb says). grasps: a grasp sampler, a function of
+    the observation; see `plan`. An observation also holds state (x y z
     [m], roll pitch yaw [rad], the fingers' distances [m]), and of the camera depth, intrinsics, extrinsics
     (camera from base): see eval_sim.Tabletop.observe. Where no path can be planned the pose is held, and
     `problem` says why; then the arm looks again.
     """
 
-    def __init__(self, model, unnorm_key=None, execute=None, manner=None):
-        self.model, self.manner = model, manner
+    def __init__(self, model, unnorm_key=None, execute=None, manner=None, grasps=None):
+        self.model, self.manner, self.grasps = model, manner, grasps
         self.execute = model.cfg.execute if execute is None else execute
         if not 1 <= self.execute <= model.cfg.horizon:
             raise ValueError(f"execute={execute}: a chunk has {model.cfg.horizon} points; set 1 to that.")
@@ -921,8 +947,13 @@ class Policy:
         gripper = float(state[6] + state[7] > self.model.cfg.grip_width / 2)
         try:
             manner, self.problem = self.manner or manner_of(self.instruction), ""
+            grasps = self.grasps(observation) if self.grasps else None
             targets = plan(self.points[:self.execute], observation["depth"][view], K, pose, state[:3], manner,
-                           self.model.cfg)
+                           self.model.cfg, grasps)
+            far = max(np.linalg.norm(xyz) for xyz, *_ in targets)
+            if far > self.model.cfg.reach:
+                raise ValueError(f"the path goes {far:.2f} m away from the base, reach is "
+                                 f"{self.model.cfg.reach} m.")
             return to_actions(targets, state[:3], state[5], gripper, self.model.cfg)
         except ValueError as e:
             self.problem = str(e)
@@ -934,7 +965,6 @@ class Policy:
 
 LICENSE = "MIT (A0); SigLIP and Qwen2.5-7B, which it needs, are Apache 2.0"
 OFFICIAL = ("model.safetensors", "pytorch_model.bin", "pytorch_model/mp_rank_00_model_states.pt")
-RESIZED = ("model.x_pos_embed", "model.img_cond_pos_embed")    # by horizon and history, 1 in pre-training
 
 
 def read_sizes(state):
@@ -1003,7 +1033,7 @@ def from_pretrained(path_or_id, *, preset=None, tokenizer=None, attn="auto", dev
         model = Model(cfg, attn=pick_attention(attn, where))
     model.build_encoders()                                     # not on meta: no checkpoint has their tables
     want = model.state_dict()
-    for name in [n for n in RESIZED if allow_fresh and n in state and state[n].shape != want[n].shape]:
+    for name in [n for n in model.resized if allow_fresh and n in state and state[n].shape != want[n].shape]:
         print(f"warning: {weights}: {name} {tuple(state[name].shape)} is left out, it starts fresh with "
               f"{tuple(want[name].shape)}.", file=sys.stderr)
         state[name] = position_tables(cfg)[name.removeprefix("model.")]
@@ -1019,6 +1049,11 @@ def from_pretrained(path_or_id, *, preset=None, tokenizer=None, attn="auto", dev
 
 # ---- Official metrics, one picture, demo ------------------------------------------------------------------
 
+TESTS = {"maniskill": ["maniskill"], "droid": ["droid_cotrack", "droid_molmo_sam2"], "hoi4d": ["hoi4d"],
+         "hoi4d_frame": ["hoi4d_frame"], "tabletop": []}       # --test: forms of data.a0_dataset
+SCENES = 200                                                   # of the tabletop
+
+
 def metrics(pred, truth, size, drop_last=False, bf16=False):
     """(mse, mae, mae of the contact) [pixels], means over points and coordinates. pred, truth: (T, 2) in
     [0, 1]; size: (w, h). Officially, ManiSkill's last point is dropped, and pixels are bf16."""
@@ -1030,16 +1065,48 @@ def metrics(pred, truth, size, drop_last=False, bf16=False):
 
 
 def official_test(model, dataset, form, bf16=False):
-    """The official metrics over a test set, and per class (or set). Each sample has noise of its own."""
-    rows, classes, shape = [], {}, (1, model.cfg.horizon, model.cfg.action_dim)
+    """The official metrics over a test set, and per class (or set); how far each point is from where it
+    should be, (n, T) [% of the picture's width]. Each sample has noise of its own."""
+    rows, away, classes, shape = [], [], {}, (1, model.cfg.horizon, model.cfg.action_dim)
     for i in tqdm(range(len(dataset)), desc=form):
         sample, noise = dataset[i], torch.randn(shape, generator=keyed_generator(0, i))
         h, w, _ = pick_frames(sample, model.cfg)[-1].shape
         points = model.act([sample], noise=noise)[0][0]
-        rows.append(metrics(points, sample["waypoints"], (w, h), form == "maniskill", bf16))
+        truth = sample["waypoints"][:len(points)]              # the first, where one is predicted
+        rows.append(metrics(points, truth, (w, h), form == "maniskill" and len(points) > 1, bf16))
+        away.append(100 * np.hypot(*((points - truth) * [1, h / w]).T))                # (T,)
         classes.setdefault(sample.get("class", sample["dataset"]), []).append(rows[-1][1])
-    return {**dict(zip(("mse", "mae", "mae_first"), np.mean(rows, 0).tolist())), "samples": len(rows),
-            "per_class_mae": {name: float(np.mean(maes)) for name, maes in sorted(classes.items())}}
+    found = dict(zip(("mse", "mae", "mae_first"), np.mean(rows, 0).tolist()))
+    by_class = {name: float(np.mean(maes)) for name, maes in sorted(classes.items())}
+    return {**found, "samples": len(rows), "per_class_mae": by_class}, np.array(away)
+
+
+def tabletop_test(model, spec):
+    """Scenes that no training has seen, as they are before the arm moves: a list of samples."""
+    dataset = importlib.import_module("data").open_dataset(
+        spec, "eval", views=model.cfg.views, image_size=model.cfg.image_size, episodes=SCENES)
+    return [{**Policy(model).ask(dataset.sample(i, 0)), "class": episode["family"]}
+            for i, episode in enumerate(dataset.episodes)]
+
+
+def show_errors(away, file):
+    """Print how far points were away, (n, T) [% of the width], and draw it into `file` if one is given."""
+    columns = {"contact": away[:, 0], **{f"point {i}": away[:, i] for i in range(1, away.shape[1])}}
+    columns |= {"path": away[:, 1:].mean(1)} if away.shape[1] > 1 else {}
+    picture = Image.new("RGB", (70 * len(columns) + 20, 260), "white")
+    pen, scale = ImageDraw.Draw(picture), 190 / max(1e-6, *(np.quantile(c, 0.9) for c in columns.values()))
+    pen.text((10, 5), f"error [% of the picture's width], {len(away)} samples: mean, quartiles", "black")
+    print("% of the width    mean  median  9 in 10 below")
+    for i, (name, column) in enumerate(columns.items()):
+        low, middle, high, most = np.quantile(column, (0.25, 0.5, 0.75, 0.9))
+        print(f"{name:14} {column.mean():7.2f} {middle:7.2f} {most:14.2f}")
+        x, top = 70 * i + 20, 230 - scale * column.mean()
+        pen.rectangle((x, top, x + 40, 230), "lightgrey")
+        pen.line((x + 20, 230 - scale * high, x + 20, 230 - scale * low), "black", 2)
+        pen.text((x, 235), name, "black")
+        pen.text((x, 217), f"{column.mean():.2f}", "black")
+    if file:
+        picture.save(file)
 
 
 def show(model, file, instruction):
@@ -1087,26 +1154,39 @@ def main():
     p = Parser("A0: tiny demo, points in one picture, or the official metrics.")
     p.add_argument("--image", type=Path, help="a picture: draws NAME_points.png, writes NAME.json beside it")
     p.add_argument("--instruction", help="with --image: what to do, in words")
-    p.add_argument("--test", choices=("maniskill", "droid", "hoi4d", "hoi4d_frame"), help="a test set")
-    p.add_argument("--data", help="with --test: the folder of that dataset")
+    p.add_argument("--test", choices=tuple(TESTS), help=f"a test set; tabletop: {SCENES} unseen scenes")
+    p.add_argument("--data", help="with --test: the folder of that dataset, or tabletop:pick,put (families)")
+    p.add_argument("--plot", type=Path, help="with --test: draw the error of each point into this PNG")
     p.add_argument("--bf16-pixels", action="store_true", help="with --test: pixels in bf16, as officially")
+    p.add_argument("--first-frame", action="store_true", help="with --test: the reference is the segment's "
+                   "first frame, as officially in training; else the frame before, as in tests")
+    p.add_argument("--pad", choices=("center", "topleft"), help="where a picture lies: officially "
+                   "topleft in training, center in tests; default: as saved")
     p.add_argument("--ckpt", default="JianZhangAI/A0-1B", help="checkpoint folder, file, or hub id")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda ...")
     a = p.parse_args()
-    if bool(a.image) != bool(a.instruction) or bool(a.test) != bool(a.data) or (a.image and a.test):
-        p.error("--image goes with --instruction, --test with --data")
+    given = {name for name, value in vars(a).items() if value} - {"ckpt", "device"}
+    takes = {"image", "instruction", "pad"} if a.image else {"test", "data", "plot"} if a.test else set()
+    if a.test and TESTS[a.test]:
+        takes |= {"bf16_pixels", "pad", *["first_frame"] * (a.test != "hoi4d_frame")}
+    if given - takes or (a.image and not a.instruction) or (a.test and TESTS[a.test] and not a.data):
+        p.error("--image goes with --instruction, --test with --data (tabletop does without); found "
+                f"{', '.join(sorted(given)) or 'nothing'}")
     torch.manual_seed(0)
     if not (a.image or a.test):
         return demo()
-    model = from_pretrained(a.ckpt, device=a.device)
+    model = from_pretrained(a.ckpt, device=a.device, **{"pad": a.pad} if a.pad else {})
     if a.image:
         return show(model, a.image, a.instruction)
-    read, sets = importlib.import_module("data").a0_dataset, {"droid": ("droid_cotrack", "droid_molmo_sam2")}
-    dataset = torch.utils.data.ConcatDataset([read(s, a.data, "test") for s in sets.get(a.test, [a.test])])
+    dataset = tabletop_test(model, a.data or "tabletop") if a.test == "tabletop" else \
+        torch.utils.data.ConcatDataset([importlib.import_module("data").a0_dataset(
+            form, a.data, "test", first_frame=a.first_frame) for form in TESTS[a.test]])
     if not len(dataset):
         raise ValueError(f"--data {a.data}: no test sample of {a.test}; give the unzipped A0-Dataset.")
-    for name, value in official_test(model, dataset, a.test, bf16=a.bf16_pixels).items():
+    found, away = official_test(model, dataset, a.test, bf16=a.bf16_pixels)
+    for name, value in found.items():
         print(f"{name}: {value}")
+    show_errors(away, a.plot)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ THE SAMPLE: a dict, one per (episode, frame), of numpy arrays and strings; nothi
    waypoints       (5, 2) float32               (x, y) right and down, [0, 1] of the image: contact, path; a
                                                 sample without actions for a0 needs no state, loss_mask
    embodiment      str                          which robot and control convention
+   class           str                          kind of task or object: a0.py --test reports each one's error
    history_images  {view: (n, h, w, 3) uint8}   earlier frames, oldest first
    history_actions (n, A) float32               the action at each of them
    action_text     str                          the actions as numbers in text, some digits hidden as X; a
@@ -31,8 +32,10 @@ motion and the last gripper.
     python data.py --make                   # the default training set, into ~/.cache/plainvla
     python data.py ~/.cache/plainvla/NAME   # what a set holds, and whether it is whole
     python data.py build-manifest --hdf5 LIBERO --out DIR    # then train.py --data DIR/manifest.jsonl
-    python data.py hoi4d-frames --root DIR/HOI4D_release     # its videos -> frames, for two of A0's sets:
+    python data.py hoi4d-frames --root DIR/HOI4D_release     # its videos -> frames, for two of A0's sets
+    python data.py hoi4d-metadata --root DIR --definitions HOI4D-Instructions/definitions  # masks -> centres
     train.py --data maniskill=DIR+hoi4d=DIR: any of A0_FORMS in the unzipped A0-Dataset; a0=DIR: all five
+    train.py --model robovlms --set config=FILE.json: CALVIN, or your episodes, as an official JSON says
 """
 import contextlib
 import csv
@@ -55,7 +58,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
@@ -98,7 +101,7 @@ def check_sample(sample, where="sample", horizon=None, action_dim=None, state_di
         if view not in sample["images"]:
             raise ValueError(f"{where}: no view {view!r} in 'images', found {sorted(sample['images'])}. "
                              "Rename it there, or choose the model's views (--set views=...).")
-    for key in ("instruction", "dataset", "subtask", "embodiment", "action_text"):
+    for key in ("instruction", "dataset", "subtask", "embodiment", "action_text", "class"):
         if key in sample and not is_text(sample[key]):
             raise ValueError(f"{where}: {key!r} must be a string that is not empty, found {sample[key]!r}.")
     if "state" in sample:
@@ -627,7 +630,8 @@ class Manifest(torch.utils.data.Dataset):
 # Below the unzipped A0-Dataset (of the authors' absolute paths in its files, the ends count):
 #   maniskill/TASK/label/out*.json                   points [pixels] and pictures per frame, from `start` on
 #   droid_cotrack/, droid_molmo_sam2/ episode*.json  points [fractions] and pictures per frame, from 0 on
-#   hoi4d_metadata/**/metadata.json                  an object's centre [pixels] per frame, and events
+#   hoi4d_metadata/**/metadata.json                  an object's centre [pixels] per frame, and events; from
+#                                                    HOI4D's own masks: see hoi4d_metadata
 #   hoi4d_frame/                                     4 points [pixels] for chosen frames
 #   HOI4D_release/**/align_rgb/00000.jpg, ...        the frames of both: see hoi4d_frames
 #   pixmo-points/*.parquet or .json, images/*        points [percent]; pictures, by the SHA-256 of their URL
@@ -668,7 +672,8 @@ class A0Set(torch.utils.data.Dataset):
     """What the forms share. A subclass finds its episodes and reads them:
 
     row(path, content) -> what `read` needs besides, or a str: why it is left out (or an index() of its own).
-    read(path, *row, rng) -> (instruction, points (up to 5, 2), current picture, reference picture or None).
+    read(path, *row, rng) -> (instruction, points (up to 5, 2), current picture, reference picture or None,
+    the class by which the official tests average, or "").
     """
 
     def __init__(self, form, root, split, seed, first_frame, single_image, pictures):
@@ -726,7 +731,7 @@ class A0Set(torch.utils.data.Dataset):
     def sample(self, index, rng):
         path = self.rows[index][0]
         with _layout(path):
-            instruction, points, current, reference = self.read(*self.rows[index], rng)
+            instruction, points, current, reference, kind = self.read(*self.rows[index], rng)
             xy = np.array(points, np.float64).reshape(-1, 2)                              # (up to 5, 2)
         alone = rng.random() < self.single_image or reference is None          # the last draw, as officially
         image = self.picture(current)                                                     # (h, w, 3)
@@ -737,7 +742,7 @@ class A0Set(torch.utils.data.Dataset):
             raise ValueError(f"{path}: waypoints {np.round(xy, 2).tolist()}, in fractions of {current} "
                              f"({w} x {h}), are far outside. Is it the right picture? Else take them out.")
         sample = {"images": {"current": image}, "waypoints": xy.astype(np.float32),
-                  "instruction": instruction, "dataset": self.form}
+                  "instruction": instruction, "dataset": self.form} | ({"class": kind} if kind else {})
         if not alone:
             sample["history_images"] = {"current": (before := self.picture(reference))[None]}   # (1, h, w, 3)
             if before.shape != image.shape:
@@ -769,7 +774,8 @@ class Tracked(A0Set):
             # Test: test_data_a0.py::test_last_waypoint_of_a_maniskill_window_is_the_episodes
             window[-1] = points[-1]
         before = start if self.first_frame else max(at - 1, zero)
-        return instruction, window, folder / pictures[at - zero], folder / pictures[before - zero]
+        kind = folder.name if self.form == "maniskill" else ""                 # the task's folder
+        return instruction, window, folder / pictures[at - zero], folder / pictures[before - zero], kind
 
 
 class Hoi4d(A0Set):
@@ -794,7 +800,8 @@ class Hoi4d(A0Set):
         before = start if self.first_frame else max(at - 1, 0)
         current, reference = (self.pictures / clip["image_dir"] / f"{i:05d}.jpg" for i in (at, before))
         points = [clip["frames"][i]["center"] for i in np.linspace(at, end, 5).astype(int)]
-        return f"Task: {clip['task_name']}. {event} {clip['label_name']}.", points, current, reference
+        what = clip["label_name"]
+        return f"Task: {clip['task_name']}. {event} {what}.", points, current, reference, what
 
 
 class Hoi4dFrame(A0Set):
@@ -804,7 +811,7 @@ class Hoi4dFrame(A0Set):
         listed, table = self.root / "hoi4d_frame_metadata.json", self.root / "HOI4D_points_rectification.csv"
         splits, whole = ("train", "val") if self.split == "train" else ("test",), read_json(listed)
         with _layout(listed):
-            entries = {entry["id"]: (entry["index"].replace(" ", "_"), int(entry["img"]),
+            entries = {entry["id"]: (entry["index"].replace(" ", "_"), int(entry["img"]), entry["object"],
                                      entry.get("instruction") or self.say(**entry))
                        for split in splits for entry in whole[split]}
         with _layout(table), open(table, encoding="utf-8-sig", newline="") as file:
@@ -813,12 +820,12 @@ class Hoi4dFrame(A0Set):
                 if number in entries and not sources:
                     yield table, "without good points"
                 elif number in entries:
-                    clip, frame, instruction = entries[number]
+                    clip, frame, thing, instruction = entries[number]
                     name = f"HOI4D_points_molmo/{{}}/{number}_points2d_{sources[0]}.npy"
                     if sources[0] == "base":
                         name = f"HOI4D_points/{{}}/{clip}/{frame:05d}/points2d.npy"
                     path = self.first([self.root / name.format(split) for split in splits], f"{table} has it")
-                    yield path, (line["instruction"] or instruction, clip, frame)
+                    yield path, (line["instruction"] or instruction, clip, frame, thing)
 
     def say(self, action, object, kpst_part=(), **_):
         cabinet = object == "Storage Furniture" and "Body of the Cabinet" in kpst_part
@@ -827,12 +834,12 @@ class Hoi4dFrame(A0Set):
             return f"{action} the {part.lower()} of the cabinet body in the storage furniture."
         return f"{ {'pickup': 'pick up', 'putdown': 'put down'}.get(action, action)} the {object.lower()}"
 
-    def read(self, path, instruction, clip, frame, rng):
+    def read(self, path, instruction, clip, frame, thing, rng):
         points = np.load(path, allow_pickle=False).astype(np.float64)
         points = (points[0] if path.name == "points2d.npy" else points).reshape(4, 2)
         points = np.insert(points, 3, (points[2] + points[3]) / 2, 0)                     # (5, 2)
-        folder = self.pictures / clip / "align_rgb"
-        return instruction, points, folder / f"{frame:05d}.jpg", folder / f"{max(frame - 1, 0):05d}.jpg"
+        folder, numbers = self.pictures / clip / "align_rgb", (frame, max(frame - 1, 0))
+        return instruction, points, *(folder / f"{i:05d}.jpg" for i in numbers), thing
 
 
 class PixmoPoints(A0Set):
@@ -864,7 +871,7 @@ class PixmoPoints(A0Set):
         return itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
 
     def read(self, path, label, point, rng):
-        return label, [point], path, None
+        return label, [point], path, None, ""
 
 
 def _optional(module, path):
@@ -926,6 +933,322 @@ def _at_15_hz(path):
                     yield graph.pull().to_image(src_colorspace="ITU601")   # as decode.py: the YUV as it is
 
 
+# What moves in a category: labels of its masks, where that is not 1 (C4: 4 where the task is the drawer's).
+MOVES = {"C6": [3], "C8": [3, 5], "C14": [3], "C17": [3], "C18": [4]}
+AROUND = [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]    # (x, y), clockwise
+
+
+def label_colours(n):
+    """RGB of the labels 0 .. n - 1 in HOI4D's masks, (n, 3) uint8: PASCAL VOC's map.
+
+    A label's bits are dealt to red, green, blue in turn, the first ones into their highest bits.
+    """
+    labels = np.arange(n)
+    dealt = [sum((labels >> (3 * j + c) & 1) << (7 - j) for j in range(3)) for c in range(3)]
+    return np.stack(dealt, 1).astype(np.uint8)
+
+
+def outline(inside):
+    """The outer border of the topmost thing in bool (h, w), clockwise: a list of its pixels (x, y)."""
+    (h, w), start = inside.shape, tuple(map(int, np.unravel_index(inside.argmax(), inside.shape)))[::-1]
+    border, (x, y), way, first = [], start, 0, None
+    while True:
+        for way in [(way + turn) % 8 for turn in range(5, 13)]:            # from the left behind, clockwise
+            nx, ny = x + AROUND[way][0], y + AROUND[way][1]
+            if 0 <= nx < w and 0 <= ny < h and inside[ny, nx]:
+                break
+        else:
+            return [start]                                                 # one pixel, alone
+        if ((x, y), way) == (start, first):
+            return border
+        first = way if first is None else first
+        border.append((x, y))
+        x, y = nx, ny
+
+
+def mask_centre(mask, labels, largest=False):
+    """[x, y], whole pixels cut off, of the things with these labels in a mask's RGB (h, w, 3); None: nowhere.
+
+    The mean of their pixels; or `largest`: of the area (Green's formula, as cv2.moments does it for a
+    contour) within the largest of their outer borders. A border without an area has no centre.
+    """
+    inside = (mask[:, :, None] == label_colours(256)[labels]).all(-1).any(-1)                      # (h, w)
+    if not largest or not inside.any():
+        return [int(at.mean()) for at in np.nonzero(inside)[::-1]] if inside.any() else None
+    best, centre = 0.0, None
+    while inside.any():
+        x, y = np.array(border := outline(inside), np.float64).T
+        nx, ny = np.roll(x, -1), np.roll(y, -1)
+        cross = x * ny - nx * y
+        if abs(area := cross.sum() / 2) > best:
+            centre = [int((cross * (a + b)).sum() * (1 / 6) / area) for a, b in ((x, nx), (y, ny))]
+            best = abs(area)
+        left = Image.fromarray(inside)                                     # without it, and all within it
+        ImageDraw.Draw(left).polygon(border * 2, fill=0, outline=0)
+        inside = np.array(left)
+    return centre
+
+
+def hoi4d_metadata(root, definitions, workers=None):
+    """HOI4D's masks and events below `root` -> root/hoi4d_metadata/CLIP/metadata.json; how many clips.
+
+    It reads HOI4D_annotations/CLIP/2Dseg/shift_mask (or mask)/00000.png, ... and action/color.json of each;
+    clips without masks (most of HOI4D's own validation set) are counted on stderr. definitions: the folder
+    of that name in HOI4D-Instructions. Interrupted, it goes on.
+    """
+    root, definitions = Path(root).expanduser(), Path(definitions).expanduser()
+    clips = sorted(path.parents[1] for path in (root / "HOI4D_annotations").glob("**/action/color.json"))
+    if not clips:
+        raise ValueError(f"{root}: no HOI4D_annotations/**/action/color.json in it. Unzip HOI4D's "
+                         "annotations there.")
+    tables = []
+    for path in (definitions / "task/task_definitions.csv", definitions / "motion segmentation/label.csv"):
+        with _layout(path), open(path, encoding="utf-8-sig", newline="") as file:
+            tables.append({row["Category ID"]: row for row in csv.DictReader(file)})
+    work = partial(_write_metadata, root, tables)
+    done = _in_processes(work, clips, usable_cores() if workers is None else workers)
+    made = sum(tqdm(done, "HOI4D", len(clips), unit="clip"))
+    if made < len(clips):
+        print(f"{root}: {len(clips) - made:,} clips have no masks, and are left out.", file=sys.stderr)
+    return made
+
+
+def _write_metadata(root, tables, clip):
+    """True when the clip has its file; False if it has no masks."""
+    name, marks = clip.relative_to(root / "HOI4D_annotations"), clip / "action" / "color.json"
+    if (file := root / "hoi4d_metadata" / name / "metadata.json").is_file():
+        return True
+    with _layout(marks):
+        category, task = re.search(r"(C\d+)/.*(T\d+)$", name.as_posix()).groups()     # ZY1/H1/C5/N1/S1/s1/T1
+        words = tables[0][category][task].lower()
+        labels = MOVES.get(category, [4 if category == "C4" and "drawer" in words else 1])
+        part, whole = tables[1][category][f"Lable {labels[0]}"], tables[0][category]["Category"]     # (sic)
+        events = _hoi4d_events(read_json(marks))
+    folder = clip / "2Dseg" / "shift_mask"                                 # moved to fit the pictures
+    folder = folder if folder.is_dir() else folder.with_name("mask")
+    masks, centres = {int(path.stem): path for path in folder.glob("*.png") if path.stem.isdecimal()}, []
+    for i in range(max(masks, default=-1) + 1):
+        if i in masks:
+            with _layout(masks[i]), Image.open(masks[i]) as picture:
+                centres.append(mask_centre(np.array(picture.convert("RGB")), labels, category == "C8"))
+        else:
+            centres.append(None)
+    if not centres:
+        return False
+    during = [next((e["event"] for e in events if e["start_frame"] <= i <= e["end_frame"]), None)
+              for i in range(len(centres))]
+    write_json(file, {
+        "image_dir": f"{name.as_posix()}/align_rgb", "task_name": words,
+        "label_name": part if part == whole or " of " in part else f"{part} of {whole}",
+        "frames": [{"frame_index": i, "center": at, "event": event}
+                   for i, (at, event) in enumerate(zip(centres, during))],
+        "events_frame": events})
+    return True
+
+
+def _hoi4d_events(about):
+    """What is done when [s], said in one of two ways -> in frames, 15 per second."""
+    names, marks = ("startTime", "endTime"), about.get("events")
+    if marks is None:
+        names, marks = ("hdTimeStart", "hdTimeEnd"), about["markResult"]["marks"]
+    length = {key.lower(): value for key, value in about.get("info", {}).items()}.get("duration", 20)
+    rate = 15 * (2 if float(length) == 10 else 1)                          # these clips last 20 s, too
+    return [{"id": mark.get("id", i), "event": mark["event"], "start_frame": int(mark[names[0]] * rate),
+             "end_frame": int(mark[names[1]] * rate)} for i, mark in enumerate(marks)]
+
+
+# ---- RoboVLMs' forms: CALVIN on disk, windows of whole episodes --------------------------------------------
+# --data FILE.json: what the official JSON's train_dataset (validation: val_dataset) says.
+#   DIR/{training,validation}/episode_0000042.npz    rgb_static, rgb_gripper, rel_actions, robot_obs
+#   DIR/training/lang_annotations/auto_lang_ann.npy  pickled: info.indx (start, end), language.ann, .task
+
+# what acts here, with its default
+CALVIN = {"skip_frames": 1, "few_shot": False, "partial_data": False, "exclude_tasks": (), "tcp_rel": False}
+WINDOWS = {"window_sample": "sliding", "organize_type": "interleave", "left_pad": True}
+# acts in Config (pad), or is Config's (window, chunk), or train.py's (batch): no news in a data block
+ELSEWHERE = ("type", "data_dir", "data_root_dir", "rgb_pad", "gripper_pad", "traj_cons", "window_size",
+             "fwd_pred_next_n", "batch_size", "num_workers", "train", "datasets")
+
+
+def calvin_windows(segments, W, K, skip_frames=1):
+    """Segments [(start, end)] -> of N windows: the segment (N,), frames (N, W + K), which count (N, W + K).
+
+    Frame `end` is never a target: what lies beyond a segment shows it, and does not count.
+    """
+    starts = [(number, s) for number, (first, end) in enumerate(segments)
+              for s in range(first, end - W + 1, skip_frames)]
+    which, at = (np.array(x, np.int64) for x in zip(*starts)) if starts else (np.zeros(0, np.int64),) * 2
+    frames = at[:, None] + np.arange(W + K)                                              # (N, W + K)
+    ends = np.array([end for _, end in segments], np.int64)[which][:, None]              # (N, 1)
+    return which, np.minimum(frames, ends), frames < ends
+
+
+def episode_windows(n, W, K, window_sample="sliding", left_pad=True):
+    """An episode of n frames -> frames of each window (N, W + K), which count (N, W + K).
+
+    W - 1 earlier frames, the newest, K later ones; beyond the ends the first or last frame, not counted.
+    left_pad=False: no window without all its earlier frames. "range": each window W times, of which the j-th
+    counts the first j frames not.
+    """
+    frames = np.arange(0 if left_pad else W - 1, n)[:, None] + np.arange(1 - W, K + 1)   # (N, W + K)
+    counts = (frames >= 0) & (frames < n)
+    if window_sample == "range":
+        frames, counts = frames.repeat(W, 0), counts.repeat(W, 0)
+        counts &= np.arange(W + K) >= np.tile(np.arange(W), len(frames) // W)[:, None]
+    return frames.clip(0, n - 1), counts
+
+
+class Calvin(torch.utils.data.Dataset):
+    """CALVIN's language segments, a window each sample: W frames, K actions from the newest on (rel_actions).
+
+    few_shot: True (the first ten segments of each task; the official list is not public), or as partial_data
+    a JSON file {"segments": [[start, end], ...]} of the wanted ones. tcp_rel: actions in the gripper's frame.
+    """
+
+    def __init__(self, root, split, horizon, history, views, **options):
+        from robovlms import gripper_frame, official_stats
+        o = self.options = CALVIN | options
+        self.folder = Path(root) / ("training" if split == "train" else "validation")
+        self.stats, self.horizon, self.history = official_stats("calvin"), horizon, history
+        self.turn = gripper_frame if o["tcp_rel"] else lambda actions, state: actions
+        self.views = dict(zip(views, ("rgb_static", "rgb_gripper")))
+        language = calvin_language(self.folder / "lang_annotations" / "auto_lang_ann.npy")
+        lists = [set(map(tuple, read_json(o[key])["segments"])) for key in ("few_shot", "partial_data")
+                 if isinstance(o[key], str)]
+        if o["partial_data"] is True:
+            raise ValueError("partial_data=true: the official list is not public; name a JSON file "
+                             "{'segments': [[start, end], ...]} instead.")
+        seen, self.segments, self.texts = {}, [], []
+        for segment, text, task in zip(*language):
+            seen[task] = seen.get(task, 0) + 1
+            if (task not in o["exclude_tasks"] and (o["few_shot"] is not True or seen[task] <= 10)
+                    and all(segment in wanted for wanted in lists)):
+                self.segments.append(segment)
+                self.texts.append(text)
+        windows = calvin_windows(self.segments, history, horizon, o["skip_frames"])
+        self.which, self.frames, self.counts = windows
+
+    def __len__(self):
+        return len(self.which)
+
+    def __getitem__(self, index):
+        W, K, ids, keys = self.history, self.horizon, self.frames[index], ("rel_actions", "robot_obs")
+        frames = {}                                            # a frame that is shown twice is read once
+        for i, n in enumerate(ids[:W + K - 1]):
+            wanted = [*keys, *(self.views.values() if i < W else ())]
+            if n not in frames:
+                with np.load(self.folder / f"episode_{n:07d}.npz") as file:
+                    frames[n] = {key: file[key] for key in wanted}
+        rows = [frames[n] for n in ids[:W + K - 1]]
+        actions, state = (np.stack([row[key] for row in rows]).astype(np.float32) for key in keys)
+        actions = self.turn(actions, state)
+        pictures = {view: np.stack([row[key] for row in rows[:W]]) for view, key in self.views.items()}
+        return {**_newest(pictures, actions, W), "loss_mask": self.counts[index][W - 1:W + K - 1],
+                "state": state[W - 1], "instruction": self.texts[self.which[index]], "dataset": "calvin"}
+
+
+def calvin_language(path):
+    """auto_lang_ann.npy, a pickle of which only arrays are read -> segments, texts, tasks."""
+    from vla0 import StatsUnpickler
+    try:
+        with open(path, "rb") as file:
+            np.lib.format.read_magic(file)
+            np.lib.format.read_array_header_1_0(file)
+            about = StatsUnpickler(file).load().item()
+        return [tuple(map(int, pair)) for pair in about["info"]["indx"]], *(
+            [str(text) for text in about["language"][key]] for key in ("ann", "task"))
+    except Exception as e:                                     # a pickle can be torn in every way there is
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise ValueError(f"{path} holds no language of CALVIN: {reason}. data_dir must hold training/ and "
+                         "validation/, as unzipped.") from e
+
+
+def _newest(pictures, actions, W):
+    """Windows of W frames and actions from the oldest frame on -> the sample's images, history, actions."""
+    past = {"history_images": {view: x[:-1] for view, x in pictures.items()},
+            "history_actions": actions[:W - 1]} if W > 1 else {}
+    return {**past, "images": {view: x[-1] for view, x in pictures.items()},
+            "actions": actions[W - 1:]}
+
+
+class Windows(torch.utils.data.Dataset):
+    """Windows of whole episodes, as the Open-X loader cuts them; frames that do not count are left out.
+
+    episodes: [i] is a dict of images {view: (n, h, w, 3) uint8}, actions (n, A), instruction, and (optional)
+    state (n, S), dataset. organize_type="segment" is left padding and "range"; see `episode_windows`.
+    """
+
+    def __init__(self, episodes, horizon, history, **options):
+        o = WINDOWS | options
+        choose("window_sample: there is no", o["window_sample"], ("sliding", "range"))
+        choose("organize_type: there is no", o["organize_type"], ("interleave", "segment"))
+        how = ("range", True) if o["organize_type"] == "segment" else (o["window_sample"], o["left_pad"])
+        self.episodes, self.horizon, self.history, self.index = episodes, horizon, history, []
+        self.stats = getattr(episodes, "stats", None)
+        for e in range(len(episodes)):
+            windows = zip(*episode_windows(len(episodes[e]["actions"]), history, horizon, *how))
+            self.index += [(e, frames, counts) for frames, counts in windows]
+
+    def __len__(self):
+        return len(self.index)
+
+    def __getitem__(self, index):
+        (e, frames, counts), last = self.index[index], self.history - 1
+        episode, first = self.episodes[e], int(np.argmax(counts))          # 0 .. W - 1: the first that counts
+        frames = frames[first:last + self.horizon]
+        actions = np.array(episode["actions"], np.float32)[frames]
+        pictures = {view: x[frames[:last - first + 1]] for view, x in episode["images"].items()}
+        state = np.asarray(episode.get("state", np.zeros((frames[-1] + 1, 1))), np.float32)
+        return {**_newest(pictures, actions, last - first + 1), "instruction": episode["instruction"],
+                "state": state[frames[last - first]], "dataset": episode.get("dataset", "episodes"),
+                "loss_mask": counts[last:last + self.horizon]}
+
+
+def official_dataset(path, split, horizon, history, views, expect):
+    """What the train_dataset or val_dataset of an official JSON describes; None: no validation set."""
+    from robovlms import read_official_json
+    key = "train_dataset" if split == "train" else "val_dataset"
+    about = read_official_json(path)
+    blocks, sets = about.get(key) or [], []
+    blocks = blocks if isinstance(blocks, list) else blocks.get("datasets", [blocks])
+    if not blocks and split == "train":
+        raise ValueError(f"--data {path}: it has no train_dataset; add the block, or give other --data.")
+    for block in blocks:
+        block, where = {"tcp_rel": bool(about.get("tcp_rel"))} | block, f"--data {path}, {key}"
+        acts = {"DiskCalvinDataset": CALVIN, "OpenVLADataset": WINDOWS}
+        choose(f"{where}: type: there is no", block.get("type"), tuple(acts))
+        acts = acts[block["type"]]
+        ignored = [k for k in block if k not in (*acts, *ELSEWHERE) and not (k == "tcp_rel" and not block[k])]
+        if ignored and rank_info()[0] == 0:
+            print(f"{where}: no effect: {', '.join(ignored)}", file=sys.stderr)
+        options = {k: block[k] for k in acts if k in block}
+        if acts is CALVIN:
+            if "data_dir" not in block:
+                raise ValueError(f"{where}: data_dir, CALVIN's folder, is missing.")
+            data = Calvin(block["data_dir"], split, horizon, history, views, **options)
+        else:
+            source, _, name = str(block.get("data_root_dir")).rpartition(":")
+            if not source.endswith(".py"):
+                raise ValueError(f"{where}: data_root_dir={block.get('data_root_dir')!r}: TensorFlow's "
+                                 "records are not read here; name my_file.py:make_episodes (see "
+                                 "data.Windows).")
+            data = Windows(_episodes(source, name, split), horizon, history, **options)
+        if not len(data):
+            raise ValueError(f"{where}: no window of {history} frames is left; look at its data and options.")
+        sets.append(Checked(data, where, expect))
+    whole = torch.utils.data.ConcatDataset(sets) if len(sets) > 1 else sets[0] if sets else None
+    if len(sets) > 1 and all(x.stats for x in sets):
+        whole.stats = {name: entry for x in sets for name, entry in x.stats.items()}
+    return whole
+
+
+def _episodes(path, name, split):
+    """The episodes that a user's function makes."""
+    with _blame(f"{path}:{name}"):
+        make = _user_function(path, name)
+        return make(**({"split": split} if "split" in inspect.signature(make).parameters else {}))
+
+
 # ---- --data: the tabletop, or a function of yours ---------------------------------------------------------
 
 def open_dataset(spec=NAME, split="train", horizon=8, views=("third",), image_size=64, action_dim=None,
@@ -935,6 +1258,7 @@ def open_dataset(spec=NAME, split="train", horizon=8, views=("third",), image_si
     "tabletop", "tabletop:pick,put", "tabletop:all": the embedded set; `options` go to `tabletop`.
     "PATH/manifest.jsonl": VLA-0's community form (see `Manifest`); no validation set if too short: None.
     "maniskill=DIR+hoi4d=DIR": A0's forms, mixed; "a0=DIR": the official five. "val" is their test split.
+    "FILE.json": the train_dataset or val_dataset of an official RoboVLMs configuration.
     "my_file.py:make_dataset": your function, called with those of split, horizon, views, image_size and
     history that it takes by name. It returns something with len() and [i], or an iterable (see `loader`); an
     attribute `stats` of it replaces the statistics pass. Samples are checked as they are read, the first one
@@ -945,6 +1269,8 @@ def open_dataset(spec=NAME, split="train", horizon=8, views=("third",), image_si
     if spec.endswith(".jsonl") and Path(spec).is_file():
         data = Checked(Manifest(spec, split, horizon), spec, expect)
         return data if len(data) and data[0] else None
+    if spec.endswith(".json"):
+        return official_dataset(spec, split, horizon, history, views, expect)
     if path.endswith(".py"):
         offered = {"split": split, "horizon": horizon, "views": views, "image_size": image_size,
                    "history": history}
@@ -968,7 +1294,7 @@ def open_dataset(spec=NAME, split="train", horizon=8, views=("third",), image_si
                      "yours that reads any format; README has one of 15 lines).")
 
 
-def _user_dataset(path, name, offered, expect):
+def _user_function(path, name):
     if not Path(path).is_file():
         raise ValueError(f"--data {path}:{name}: there is no file {path}.")
     spec = importlib.util.spec_from_file_location(f"user_{Path(path).stem}", path)
@@ -977,7 +1303,11 @@ def _user_dataset(path, name, offered, expect):
     with _blame(path):
         spec.loader.exec_module(module)
     choose(f"{path} has no function", name, [n for n, value in vars(module).items() if callable(value)])
-    make = getattr(module, name)
+    return getattr(module, name)
+
+
+def _user_dataset(path, name, offered, expect):
+    make = _user_function(path, name)
     takes = inspect.signature(make).parameters
     if offered["split"] != "train" and "split" not in takes:
         return None
@@ -1224,8 +1554,18 @@ def frames_command(arguments):
     print(f"{hoi4d_frames(**vars(parser.parse_args(arguments))):,} videos are decoded")
 
 
+def metadata_command(arguments):
+    parser = Parser("HOI4D's masks and events -> the hoi4d_metadata that A0's set of that name reads.",
+                    prog="data.py hoi4d-metadata")
+    parser.add_argument("--root", required=True, help="folder with HOI4D_annotations, to go on with")
+    parser.add_argument("--definitions", required=True, help="folder of that name in HOI4D-Instructions")
+    parser.add_argument("--workers", type=within(0), help="processes that read masks (default: one per core)")
+    print(f"{hoi4d_metadata(**vars(parser.parse_args(arguments))):,} clips have their metadata.json")
+
+
 def main():
-    commands = {"build-manifest": build_command, "hoi4d-frames": frames_command}
+    commands = {"build-manifest": build_command, "hoi4d-frames": frames_command,
+                "hoi4d-metadata": metadata_command}
     if command := commands.get(next(iter(sys.argv[1:]), None)):
         return command(sys.argv[2:])
     known = ",".join(eval_sim.FAMILIES)

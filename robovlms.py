@@ -16,13 +16,14 @@ Paper: https://arxiv.org/abs/2412.14058    Official code: https://github.com/Rob
 What is special: nothing but the switches (ADAPTERS, CELLS). Released: KosMos-2, policy_head, lstm, 16 frames,
 asked at every step. A session's `memory` keeps what older frames became (policy_head: their ACT states;
 interleaved: their picture tokens), so only the newest is looked at. Your own VLM: a Backbone with __init__
-and `see` (Llava has 15 lines), its name in ADAPTERS, its sizes in BACKBONES.
+and `see`, its name in ADAPTERS, its sizes in BACKBONES (examples/own_vlm.py: 30 lines).
 
 Actions: dx dy dz [m], droll dpitch dyaw [rad], deltas per control step; gripper absolute, 1 open, 0 closed
 (gripper="signed", as CALVIN: +1 open, -1 closed; its deltas are in 0.02 m and 0.05 rad, cut at 1).
 
     python robovlms.py                                         # tiny demo, CPU, no download
     python train.py --model robovlms --set backbone=paligemma formulation=interleaved head=mlp
+    python train.py --model robovlms --set config=FILE.json --init KOSMOS_FOLDER       # an official JSON
 """
 import functools
 import math
@@ -54,6 +55,7 @@ from common import device as pick_device
 CELLS = {"one_step": ("mlp", "lstm", "gpt", "diffusion", "discrete"),
          "interleaved": ("mlp", "lstm", "gpt", "diffusion"),
          "policy_head": ("lstm", "gpt"), "video": ("mlp",)}
+PARTS = ("nothing", "vision", "embeddings", "language", "resampler")           # what can be frozen
 SIGLIP = dict(vit_width=1152, vit_depth=27, vit_heads=16, vit_mlp=4304)
 SEVEN_B = dict(llm_width=4096, llm_depth=32, llm_heads=32, llm_kv_heads=32, llm_head_dim=128, llm_mlp=11008)
 BACKBONES = {                    # public sizes, where they differ from KosMos-2's (UForm's ViT: not known)
@@ -145,11 +147,17 @@ class Config:
     # data
     augment: bool = True              # random shift of training pictures
     shift: tuple = (10, 4)            # by at most this, static and gripper camera [pixels]
+    traj_cons: bool = True            # shifts are drawn from 1 .. 2 pad (as officially), not from 0
+    tcp_rel: bool = False             # actions are in the gripper's frame, and are turned back for the robot
     data: str = ""
     # training (official: CALVIN 5 epochs, Open-X 50,000 steps)
     gripper_weight: float = 0.01      # of the gripper's loss (arm_gripper_loss_ratio)
-    freeze: tuple = ("nothing",)      # nothing | vision | embeddings | language
+    freeze: tuple = ("nothing",)      # nothing | vision | embeddings | language (all else of the VLM) |
+    #                                   resampler
+    train_layers: int = 0             # of a frozen language model the last n blocks train
+    lora: int = 0                     # rank of its adapters, as train.py --lora; 0: none
     lr: float = 2e-5
+    head_lr: float = 0.0              # of the action head, which starts from nothing; 0: lr (official)
     lr_schedule: str = "constant"     # constant | cosine
     warmup: int = 5000                # steps (CALVIN: a quarter of an epoch)
     betas: tuple = (0.9, 0.999)
@@ -164,7 +172,8 @@ class Config:
 
     def __post_init__(self):
         ids = ("pad_id", "image_start_id", "image_end_id")
-        zero = (*ids, "state_dim", "warmup", "seed", "depth", "mu_law", "action_base", "shift")
+        zero = (*ids, "state_dim", "warmup", "seed", "depth", "mu_law", "action_base", "shift",
+                "train_layers", "lora")
         check_config(
             vars(self), vars(Config),
             multiples=(("image_size", "patch_size"), ("vit_width", "vit_heads"), ("llm_width", "llm_heads")),
@@ -176,6 +185,8 @@ class Config:
                      "read": ("auto", "query", "all", "text", "vision"), "gripper": ("unit", "signed"),
                      "prompt": ("wrapper", "openx", "plain"), "llm": ("mpt", "neox"),
                      "compute": ("auto", "bf16", "fp32"), "lr_schedule": ("constant", "cosine")})
+        if self.backbone != "kosmos" and self.init.startswith("assets/"):
+            self.init = ""                                     # the tiny trunk is KosMos-2's
         heads, flamingo = CELLS[self.formulation], self.backbone == "flamingo"
         head_width = {"gpt": self.width, "diffusion": self.llm_width}.get(self.head, 0)
         wrong = {                                              # what is wrong: is it?
@@ -191,8 +202,9 @@ class Config:
                 self.head == "gpt" and self.latent > 1 and self.width != self.llm_width,
             f"{head_width} is no multiple of heads={self.heads}": head_width % self.heads > 0,
             f"views={self.views}, but there are a static and a gripper camera": len(self.views) > 2,
-            f"freeze={self.freeze}, but parts are nothing, vision, embeddings, language":
-                not set(self.freeze) <= {"nothing", "vision", "embeddings", "language"}}
+            f"train_layers={self.train_layers}, but freeze has no language":
+                self.train_layers > 0 and "language" not in self.freeze,
+            f"freeze={self.freeze}, but parts are {', '.join(PARTS)}": not set(self.freeze) <= {*PARTS}}
         for text in [text for text in wrong if wrong[text]][:1]:
             name = f"backbone={self.backbone} formulation={self.formulation} head={self.head}"
             raise ValueError(f"{name}: {text}.")
@@ -214,13 +226,14 @@ PRESETS = {
     "kosmos_bridge": Config(views=("third",)),                 # ... then post-training on the WidowX
     "kosmos_fractal": Config(views=("third",)),                # ... then post-training on the Google robot
     "paligemma_calvin": Config(backbone="paligemma", gripper="signed", **BACKBONES["paligemma"]),
-    "tiny": Config(                                            # 1.2 M parameters, for two CPU cores
-        views=("third",), image_size=96, patch_size=12, vit_width=64, vit_depth=4, vit_heads=2, vit_mlp=256,
-        image_tokens=16, llm_width=128, llm_depth=4, llm_heads=4, llm_kv_heads=4, llm_head_dim=32,
+    "tiny": Config(                                            # 1.4 M parameters, for two CPU cores
+        views=("third",), image_size=96, patch_size=12, vit_width=96, vit_depth=4, vit_heads=3, vit_mlp=256,
+        image_tokens=64, llm_width=128, llm_depth=4, llm_heads=4, llm_kv_heads=4, llm_head_dim=32,
         llm_mlp=256, llm_init=0.06, dropout=0.0, vocab=512, pad_id=4, image_start_id=509, image_end_id=510,
         n_bin=64, action_base=509, tokenizer="tiny", prompt="plain", resampler_latents=16, width=128, depth=2,
         mlp_widths=(128, 64), history=4, horizon=8, norm_min=-1.0, norm_max=1.0, augment=False,
-        data="tabletop", lr=6e-4, lr_schedule="cosine", warmup=50, grad_clip=1.0, batch=32, steps=3000),
+        gripper_weight=0.05, data="tabletop", lr=3e-4, head_lr=1.5e-3, lr_schedule="cosine", warmup=50,
+        grad_clip=1.0, batch=10, steps=3000),
 }
 PREDICTS = "actions"              # of a sample; see the top of common.py
 
@@ -310,17 +323,20 @@ class ActionTokens:
         return (ids > self.begin) & (ids < self.end)
 
 
-def action_row(prompt, chunk, valid, tokens, eos_id, openx=False):
+def action_row(prompt, chunk, valid, tokens, eos_id, openx=False, past=(), ask=()):
     """One step's training row for the discrete head: ids and labels, (L,) int64.
 
-        prompt ... | K A action ids | eos        labels: -100 | ids, -100 beyond the segment's end | eos
+        prompt ... | (past actions) | (ask ...) | K A action ids | eos
+        -100                                    | ids, -100 beyond the segment's end | eos
 
     chunk: (K, A), gripper -1/+1; valid: (K,). openx: the eos is learned only if the chunk is complete.
+    past, ask: actions (n, A) and ids between, as in Open-X' "segment" organization (of no released policy).
     """
+    front = [*prompt, *tokens.encode(np.asarray(past)).reshape(-1), *ask]
     ids = tokens.encode(chunk).reshape(-1)                                           # (K A,)
     told = np.where(np.repeat(valid, chunk.shape[1]), ids, -100)
     end = -100 if openx and not np.all(valid) else eos_id
-    return torch.tensor([*prompt, *ids, eos_id]), torch.tensor([*[-100] * len(prompt), *told, end])
+    return torch.tensor([*front, *ids, eos_id]), torch.tensor([*[-100] * len(front), *told, end])
 
 
 def resize(image, size):
@@ -392,8 +408,9 @@ def frames_of(sample, cfg, train, key):
         if cfg.augment and train:
             # FAITHFUL: upstream's default, the "trajectory-consistent" shift, is drawn per frame too,
             # and from 1 .. 2 pad, not 0 .. 2 pad. Test: test_robovlms.py::test_shifts_differ_between_frames
+            first = int(cfg.traj_cons)
             rng, pad = np.random.default_rng() if key is None else keyed_rng(key, 1 + v), cfg.shift[v]
-            row = [random_shift(x, pad, *rng.integers(1, 2 * pad + 1, 2)) if pad else x for x in row]
+            row = [random_shift(x, pad, *rng.integers(first, 2 * pad + 1, 2)) if pad else x for x in row]
         rows.append(np.stack(row))
     if len({len(row) for row in rows}) > 1:
         raise ValueError(f"history_images: {[len(row) - 1 for row in rows]} frames of {names}; give as many.")
@@ -567,7 +584,7 @@ class Backbone(nn.Module):
         return [*self.tower.encoder.layers, *self.decoder.layers]
 
     def parts(self):
-        return {"vision": self.vision_tower, "embeddings": self.embedding, "language": self.language_model}
+        return {"vision": self.vision_tower, "embeddings": self.embedding, "language": self}
 
 
 def llm_sizes(cfg, attn):
@@ -955,12 +972,24 @@ class Model(nn.Module):
             self.vision_resampler = PerceiverResampler(cfg.llm_width, *sizes)
         if cfg.head != "discrete":
             self.act_head = DiffusionHead(cfg) if cfg.head == "diffusion" else Head(cfg)
+        self.unread = ("action_token",)                        # of a trunk, where there is no query
         if cfg.head != "discrete" and cfg.reading == "query":
-            self.action_token = nn.Parameter(torch.zeros(cfg.llm_width))
-        for part in set(cfg.freeze) - {"nothing"}:
-            self.backbone.parts()[part].requires_grad_(False)
+            self.action_token, self.unread = nn.Parameter(torch.zeros(cfg.llm_width)), ()
+        self.set_trainable()
         if cfg.head != "discrete" and hasattr(self.backbone.language_model, "lm_head"):
             self.backbone.language_model.lm_head.requires_grad_(False)     # carried along, read by nothing
+
+    def set_trainable(self):
+        """As cfg.freeze says: the vision tower and the embeddings by their own names, whatever the others."""
+        parts, frozen = self.backbone.parts(), self.cfg.freeze
+        if "language" in frozen:
+            parts["language"].requires_grad_(False)
+            for block in self.backbone.layers()[-self.cfg.train_layers:] if self.cfg.train_layers else ():
+                block.requires_grad_(True)
+        for name in ("vision", "embeddings"):
+            parts[name].requires_grad_(name not in frozen)
+        if self.cfg.resampler and "resampler" in frozen:
+            self.vision_resampler.requires_grad_(False)
 
     device = property(lambda self: self.backbone.embedding.weight.device)
 
@@ -1128,8 +1157,11 @@ class Model(nn.Module):
         return self.backbone.layers()
 
     def param_groups(self, lr, weight_decay):                  # officially one group
-        train = [p for p in self.parameters() if p.requires_grad]
-        return [{"params": train, "lr": lr, "weight_decay": weight_decay}]
+        groups = {lr: [], self.cfg.head_lr or lr: []}
+        for name, p in self.named_parameters():
+            if p.requires_grad:
+                groups[self.cfg.head_lr or lr if name.startswith("act_head.") else lr].append(p)
+        return [{"params": ps, "lr": rate, "weight_decay": weight_decay} for rate, ps in groups.items() if ps]
 
     def save_pretrained(self, folder, card=None, state=None):
         """Write our checkpoint folder. card: more lines for README.md {name: text}; state: other weights."""
@@ -1179,6 +1211,28 @@ def gripper_frame_step(action, pose):
     new = old @ rotation(*action[3:6])
     angles = np.arctan2(new[2, 1], new[2, 2]), -np.arcsin(new[2, 0]), np.arctan2(new[1, 0], new[0, 0])
     return np.concatenate([50 * (old @ action[:3]), 20 * (angles - pose[3:6]), action[6:]])
+
+
+def gripper_frame(actions, poses, back=False):
+    """CALVIN deltas (N, 7) in the world -> in the gripper's frame (tcp_rel); back: from it. poses (N, >= 6).
+
+    In the arrays' own precision: officially float32. Angles are Rx Ry Rz here, their deltas in 1/100 rad.
+    """
+    def matrix(angles):                                                                # (N, 3) -> (N, 3, 3)
+        (cx, cy, cz), (sx, sy, sz) = angles.cos().T, angles.sin().T
+        one, no = torch.ones_like(cx), torch.zeros_like(cx)
+        x, y, z = (torch.stack(m, -1).unflatten(-1, (3, 3)) for m in (
+            (one, no, no, no, cx, -sx, no, sx, cx), (cy, no, sy, no, one, no, -sy, no, cy),
+            (cz, -sz, no, sz, cz, no, no, no, one)))
+        return x @ y @ z
+    a, angles = torch.from_numpy(actions), torch.from_numpy(poses[:, 3:6])
+    R, turn = matrix(angles), 0.01 * a[:, 3:6]
+    new = R @ matrix(turn).inverse() if back else matrix(angles + turn).inverse() @ R
+    turn = torch.stack([torch.atan2(-new[:, 1, 2], new[:, 2, 2]), new[:, 0, 2].clamp(-1, 1).asin(),
+                        torch.atan2(-new[:, 0, 1], new[:, 0, 0])], -1) - (angles if back else 0)
+    turn = 100 * (turn - 2 * math.pi * (turn / (2 * math.pi)).round())                 # in -pi .. pi
+    at = (R if back else R.inverse()) @ a[:, :3, None]                                 # (N, 3, 1)
+    return torch.cat([at[..., 0], turn, a[:, 6:]], 1).numpy()
 
 
 # twin: cogact.euler_to_axis_angle
@@ -1244,10 +1298,17 @@ class Policy:
         signed = self.model.cfg.gripper == "signed"
         is_open = action[-1] > (0 if signed else 0.5)                           # an average is made 0/1 again
         action = np.append(action[:-1], 1.0 if is_open else -1.0 * signed)
+        if self.model.cfg.tcp_rel or self.robot == "calvin_gripper_frame":
+            pose = np.asarray(observation.get("state", ()), np.float64).reshape(-1)[:6]
+            if len(pose) < 6:
+                raise ValueError("the observation has no state, or a short one: actions are in the gripper's "
+                                 "frame, so its pose is needed, xyz [m] and roll, pitch, yaw [rad] first.")
+        if self.model.cfg.tcp_rel:
+            action = gripper_frame(action[None], pose[None], back=True)[0]
         if self.robot in ("google_robot", "widowx_bridge"):
             return np.array([*action[:3], *euler_to_axis_angle(*action[3:6]), self.simpler_gripper(is_open)])
         if self.robot == "calvin_gripper_frame":
-            return gripper_frame_step(action, np.asarray(observation["state"], np.float64)[:6])
+            return gripper_frame_step(action, pose)
         return action
 
     def simpler_gripper(self, is_open):
@@ -1265,15 +1326,16 @@ class Policy:
 
 # ---- Checkpoints: ours and the official ones ---------------------------------------------------------------
 
-REFUSED = ("tcp_rel", "predict_forward", "predict_forward_hand", "predict_caption", "bits", "use_state",
-           "reinit", "residual", "lora_enable")
+# never finished upstream; the official code has no other meaning of them either
+REFUSED = ("predict_forward", "predict_forward_hand", "predict_caption")
 HEADS = {"FCDecoder": "mlp", "LSTMDecoder": "lstm", "GPTDecoder": "gpt", "DiscreteDecoder": "discrete"}
 # our field: the part of an official JSON (top level or act_head), the key. What is not here has no effect.
 KEYS = {"width": ("act_head", "hidden_size"), "depth": ("act_head", "num_layers"),
         "resampler": ("", "use_vision_resampler"), "gripper_weight": ("", "arm_gripper_loss_ratio"),
         "lr": ("", "learning_rate"), "batch": ("", "batch_size"), "warmup": ("", "warmup_steps"),
         "history": ("", "window_size"), "horizon": ("", "fwd_pred_next_n"),
-        "grad_clip": ("", "gradient_clip_val"),
+        "grad_clip": ("", "gradient_clip_val"), "tcp_rel": ("", "tcp_rel"), "steps": ("trainer", "max_steps"),
+        "traj_cons": ("block", "traj_cons"), "action_dim": ("act_head", "action_dim"),
         **{key: ("act_head", key) for key in ("latent", "fill_zero", "n_bin")},
         **{key: ("", key) for key in ("seed", "weight_decay", "norm_min", "norm_max", "image_size")}}
 
@@ -1285,8 +1347,8 @@ def merge(base, new):
     return base | {k: merge(base.get(k), v) for k, v in new.items()}
 
 
-def read_official_config(path):
-    """An official JSON (its parents first) -> (Config, notes: what of it has no effect, here or upstream)."""
+def read_official_json(path):
+    """An official JSON as a dict, with what its parents say (theirs first)."""
     path = Path(path)
     about = read_json(path)
     for _ in range(9):                                         # a parent of a parent ...
@@ -1295,40 +1357,81 @@ def read_official_config(path):
             if not found:
                 raise ValueError(f"{path}: its parent {parent} is not there; put it beside.")
             about = merge(read_json(found[0]), about)
-    setup, act = about.get("train_setup") or {}, about.get("act_head") or {}
-    bad = [key for key in REFUSED if (about | setup | act).get(key)]
-    if bad:
-        raise ValueError(f"{path}: {bad[0]} is set; it does not exist here (LoRA: train.py --lora RANK; the "
-                         "others were never finished upstream). Switch it off.")
-    name = re.sub("^robo", "", str(about.get("robovlm_name") or about.get("model")).lower())
+    if "parent" in about:
+        raise ValueError(f"{path}: more than 9 parents, or a circle of them; {about['parent']} comes again.")
+    return about
+
+
+def read_official_config(path):
+    """An official JSON -> (Config, notes: what of it has no effect, here or upstream, or another one)."""
+    about = read_official_json(path)
+    setup, act, trainer = (about.get(key) or {} for key in ("train_setup", "act_head", "trainer"))
+    bits = [f"bits={setup['bits']}"] if setup.get("bits", -1) in (4, 8) else []
+    for name in [key for key in REFUSED if setup.get(key)] + bits:
+        raise ValueError(f"{path}: {name} is set, which was never finished upstream. Switch it off.")
+    needed = {"act_head.type": act.get("type"), "window_size": about.get("window_size"),
+              "fwd_pred_next_n": about.get("fwd_pred_next_n"),
+              "robovlm_name": about.get("robovlm_name") or about.get("model")}
+    for name in [name for name, value in needed.items() if value is None]:
+        raise ValueError(f"{path}: {name} is missing; take the checkpoint's own JSON.")
+    name = re.sub("^robo", "", str(needed["robovlm_name"]).lower())
     choose(f"{path}: no backbone", name, tuple(BACKBONES))
-    W, kind, past = about.get("window_size"), act.get("type"), act.get("history_type", "post")
-    if kind not in HEADS or type(W) is not int:
-        raise ValueError(f"{path}: act_head.type={kind!r} and window_size={W!r} are needed; take the "
-                         "checkpoint's own JSON.")
+    choose(f"{path}: act_head.type: no head", act["type"], tuple(HEADS))
+    pooled = act.get("action_space") == "down_sample"
+    if pooled and act.get("down_sample") != "pooling":
+        raise ValueError(f"{path}: act_head.down_sample={act.get('down_sample')!r} for all tokens; only "
+                         "'pooling' makes a fixed number of them (upstream too).")
+    W, past = about["window_size"], act.get("history_type", "post")
     formulation = "one_step" if W == 1 else {"pre": "interleaved", "video": "video"}.get(past, "policy_head")
-    pooled, all_frozen = act.get("action_space") == "down_sample", setup.get("freeze_backbone", False)
-    freeze = {"vision": all_frozen or not setup.get("train_vision", True), "language": all_frozen,
-              "embeddings": not setup.get("train_text_embedding", True)}
-    calvin = "calvin" in str(about.get("train_dataset", "calvin")).lower()
+    frozen = {"vision": not setup.get("train_vision", True), "resampler": setup.get("freeze_resampler"),
+              "embeddings": not setup.get("train_text_embedding", True),
+              "language": setup.get("freeze_backbone") or setup.get("train_decoder_layers", -1) >= 0}
+    block = about.get("train_dataset") or {}
+    block = block[0] if isinstance(block, list) else block
+    calvin = "calvin" in str(block.get("type", "calvin")).lower()
     values = dict(
-        BACKBONES[name], backbone=name, head=HEADS[kind], formulation=formulation,
-        read=act.get("token_source", "all") if pooled else "auto", gripper="signed" if calvin else "unit",
+        BACKBONES[name], backbone=name, head=HEADS[act["type"]], formulation=formulation,
+        read=act.get("token_source", "all") if pooled else "auto",
+        gripper="signed" if calvin else "unit", augment=calvin, data=str(path) if block else "",
         views=("third", "wrist") if about.get("use_hand_rgb") else ("third",),
-        freeze=tuple(part for part, frozen in freeze.items() if frozen) or ("nothing",))
-    found = {ours: (about if part == "" else act).get(key) for ours, (part, key) in KEYS.items()}
-    values |= {ours: value for ours, value in found.items() if value is not None}
+        freeze=tuple(part for part in PARTS if frozen.get(part)) or ("nothing",),
+        train_layers=max(0, setup.get("train_decoder_layers", -1)),
+        lora=setup.get("lora_r", 64) if setup.get("lora_enable") else 0,
+        shift=tuple(max(0, block.get(key, pad)) for key, pad in (("rgb_pad", 10), ("gripper_pad", 4))),
+        lr_schedule="cosine" if "cosine" in str(about.get("scheduler")) else "constant")
+    found = {ours: {"": about, "act_head": act, "trainer": trainer, "block": block}[part].get(key)
+             for ours, (part, key) in KEYS.items()}
+    values |= {ours: value for ours, value in found.items()
+               if value is not None and (ours, value) != ("steps", -1)}
     values |= {} if about.get("norm_action", True) else {"norm_min": -1.0, "norm_max": 1.0}
     values |= {"mu_law": about.get("mu_val", 255)} if about.get("use_mu_law") else {}
     if about.get("regular_action"):
         values["regular"] = (float(about.get("x_mean", 0)), float(about.get("x_std", 1)))
-    used = {key for part, key in KEYS.values() if part == ""} | {
-        "robovlm_name", "model", "act_head", "train_setup", "use_hand_rgb", "norm_action", "train_dataset",
-        "use_mu_law", "mu_val", "regular_action", "x_mean", "x_std"}
-    notes = [f"{key}: no effect" for key in about if key not in used]
-    if str((about.get("trainer") or {}).get("precision")).startswith("16"):
+    return configure(Config(), **values), notes_on(about)
+
+
+# what else of an official JSON is read, part by part
+READ = {"": "robovlm_name model act_head train_setup trainer use_hand_rgb norm_action train_dataset "
+            "val_dataset use_mu_law mu_val regular_action x_mean x_std scheduler",
+        "act_head": "type action_space history_type token_source down_sample",
+        "train_setup": "precision bits train_vision freeze_backbone freeze_resampler train_text_embedding "
+                       "train_decoder_layers lora_enable lora_r lora_alpha",
+        "trainer": "precision accumulate_grad_batches"}
+
+
+def notes_on(about):
+    """What an official JSON says in vain, or what runs otherwise."""
+    parts = {part: (about.get(part) or {}) if part else about for part in READ}
+    notes = [f"{part}{'.' * bool(part)}{key}: no effect" for part, values in parts.items() for key in values
+             if key not in {*READ[part].split(), *REFUSED, *(k for p, k in KEYS.values() if p == part)}]
+    setup, trainer = parts["train_setup"], parts["trainer"]
+    if str(trainer.get("precision", setup.get("precision"))).startswith("16"):
         notes.append('precision "16" (fp16 mixed) runs as bf16')
-    return configure(Config(), **values), notes
+    if setup.get("lora_enable") and setup.get("lora_alpha") != 2 * setup.get("lora_r", 64):
+        notes.append(f"lora_alpha={setup.get('lora_alpha')} is twice the rank here")
+    if trainer.get("accumulate_grad_batches", 1) != 1:
+        notes.append("accumulate_grad_batches: give train.py --global-batch")
+    return notes
 
 
 def rename_official(state):
@@ -1339,9 +1442,93 @@ def rename_official(state):
     return {name: t for name, t in state.items() if not re.fullmatch(drop, name)}
 
 
+# The VLM's public names -> ours, in order; "": dropped; [qkv], [QKV]: fused, split in thirds, or so per head.
+# UForm-Gen and OpenFlamingo (three sources): no list of names could be had, so they start from scratch, or
+# from a checkpoint of ours. Of Qwen-VL and MoonDream 2 the names are their sources', not read from a file.
+HF = ((r"^(model\.)?lm_head\.", "language_model.lm_head."), (r"^model\.(?=multi_modal|vision)", ""),
+      (r"^model\.language_model\.", "language_model.model."),
+      (r"^vision_tower\.(?!vision_model)", "vision_tower.vision_model."))
+TIED = ((r"^(language|text)_model\.lm_head\.weight", ""),)
+LAYER, BLOCK, EMBED = (f"{part}." for part in (
+    "language_model.model.layers", "vision_tower.vision_model.encoder.layers",
+    "vision_tower.vision_model.embeddings"))
+PUBLIC = {
+    "kosmos": TIED, "paligemma": (*HF, *TIED),
+    "llava": (*HF, (r"^vision_tower.*(layers\.23\.|post_layernorm).*", "")),     # the last block is unused
+    "qwen": ((r"transformer\.h\.", LAYER), (r"transformer\.visual\.transformer\.resblocks\.", BLOCK),
+             *((rf"(?<={LAYER})(\d+)\.{old}\.", rf"\1.{new}.") for old, new in (
+                 ("ln_1", "input_layernorm"), ("ln_2", "post_attention_layernorm"),
+                 ("attn.c_attn", "self_attn.[qkv]_proj"), ("attn.c_proj", "self_attn.o_proj"),
+                 ("mlp.w1", "mlp.up_proj"), ("mlp.w2", "mlp.gate_proj"), ("mlp.c_proj", "mlp.down_proj"))),
+             *((rf"(?<={BLOCK})(\d+)\.{old}\.", rf"\1.{new}.") for old, new in (
+                 ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), ("mlp.c_fc", "mlp.fc1"),
+                 ("mlp.c_proj", "mlp.fc2"), ("attn.in_proj", "self_attn.[QKV]_proj"),
+                 ("attn.out_proj", "self_attn.out_proj"))),
+             (r"transformer\.wte", "language_model.model.embed_tokens"),
+             (r"transformer\.ln_f", "language_model.model.norm"), (r"^lm_head", "language_model.lm_head"),
+             (r"transformer\.visual\.conv1", f"{EMBED}patch_embedding"), (r".*attn_pool\.pos_embed", ""),
+             (r"transformer\.visual\.positional_embedding", f"{EMBED}position_embedding.weight"),
+             (r"transformer\.visual\.attn_pool\.(attn\.)?", lambda m: "pool." if m[1] else ""),
+             (r"transformer\.visual\.proj", "proj.weight^T"), (r"transformer\.visual\.", "")),
+    "moondream": ((r"vision_encoder\.encoder\.model\.visual\.blocks\.", BLOCK),
+                  (r"vision_encoder\.encoder\.model\.visual\.patch_embed\.linear", f"{EMBED}patch_embedding"),
+                  (r"vision_encoder\.encoder\.model\.visual\.pos_embed", f"{EMBED}position_embedding.weight"),
+                  (r"vision_encoder\.encoder\.model\.visual\.", "vision_tower.vision_model.post_layer"),
+                  (r"\.norm([12])\.", r".layer_norm\1."), (r"attn\.qkv", "self_attn.[qkv]_proj"),
+                  (r"\.attn\.proj", ".self_attn.out_proj"),
+                  (r"vision_encoder\.projection\.mlp\.fc([12])", lambda m: f"projection.{2 * int(m[1]) - 2}"),
+                  (r"text_model\.lm_head\.ln", "language_model.model.final_layernorm"),
+                  (r"text_model\.lm_head\.linear", "language_model.lm_head"),
+                  (r"text_model\.transformer\.embd\.wte", "language_model.model.embed_tokens"),
+                  (r"text_model\.transformer\.h\.", LAYER), (r"\.ln\.", ".input_layernorm."),
+                  (r"mixer\.Wqkv", "self_attn.[qkv]_proj"), (r"mixer\.out_proj", "self_attn.dense"))}
+
+
+def rename_public(state, cfg, own):
+    """The weights of a VLM as its authors publish them -> {our name: tensor}. own: {our name: our tensor}."""
+    if cfg.backbone not in PUBLIC:
+        raise ValueError(f"{cfg.backbone}: no list of its public weights' names could be had; start from a "
+                         f"checkpoint of ours, or --init none. With a list: {', '.join(PUBLIC)}.")
+    out = {}
+    for name, t in state.items():
+        for old, new in PUBLIC[cfg.backbone]:
+            name = re.sub(old, new, name)
+        if "[" in name:                                        # q, k, v in a row, or so for each head
+            heads = cfg.vit_heads if "[QKV]" in name else 1
+            parts = [x.flatten(0, 1) for x in t.unflatten(0, (heads, 3, -1)).unbind(1)]
+            name = "backbone." + name.replace("[QKV]", "[qkv]")
+            out |= {name.replace("[qkv]", x): part for x, part in zip("qkv", parts)}
+        elif name:
+            out["backbone." + name.removesuffix("^T")] = t.T if name.endswith("^T") else t
+    if cfg.backbone == "qwen":                                 # no bias of patches; its places are 16 x 16
+        place, side = f"backbone.{EMBED}position_embedding.weight", cfg.image_size // cfg.patch_size
+        old = out[place].T.unflatten(1, (math.isqrt(len(out[place])), -1))[None].float()   # (1, D, 16, 16)
+        out[place] = F.interpolate(old, (side, side), mode="bicubic")[0].flatten(1).T
+        out[f"backbone.{EMBED}patch_embedding.bias"] = torch.zeros_like(out[place][0])
+    return {name: t.reshape(own[name].shape) if name in own and t.numel() == own[name].numel() else t
+            for name, t in out.items()}
+
+
+def start_from_public(folder, cfg, attn):
+    """A model whose backbone is the VLM in a folder of Hugging Face's layout; the rest is fresh."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise ValueError(f"--init {folder}: neither our checkpoint nor *.safetensors or pytorch_model*.bin.")
+    model = Model(cfg, attn=attn)
+    own = {name: t for name, t in model.state_dict().items() if name.startswith("backbone.")}
+    state = rename_public({n: t for file in files for n, t in load_weights(file).items()}, cfg, own)
+    check_fit(own, state, folder)
+    model.load_state_dict({name: t.float() for name, t in state.items()}, strict=False, assign=True)
+    model.fresh, model.preset = [name for name, _ in model.named_children() if name != "backbone"], "custom"
+    model.origin = {"started from": str(folder)}
+    return model
+
+
 def from_pretrained(path_or_id, *, preset=None, config=None, tokenizer=None, attn="auto", device="cpu",
-                    dtype=None, **overrides):
+                    dtype=None, allow_fresh=False, **overrides):
     """Load a checkpoint: our folder, or an official .pt / .ckpt (of KosMos or PaliGemma) and its JSON.
+
+    allow_fresh: or the backbone's public weights (a folder in Hugging Face's layout), to train from.
 
     config: the JSON, if neither beside the file nor in ../configs; else `preset`. tokenizer: a path, hub id,
     or tokenizer. dtype: bf16 | fp32. overrides: other Config values. ValueError: not there, torn, another's.
@@ -1350,7 +1537,15 @@ def from_pretrained(path_or_id, *, preset=None, config=None, tokenizer=None, att
     overrides |= {"compute": {"bfloat16": "bf16", "float32": "fp32"}.get(dtype, dtype)} if dtype else {}
     if isinstance(tokenizer, (str, Path)):
         overrides["tokenizer"], tokenizer = str(tokenizer), None
-    path, own_tokenizer = resolve(path_or_id, ["*.json", "model.safetensors"]), None
+    wanted = ["*.json", "*.safetensors" if allow_fresh else "model.safetensors"]
+    path, own_tokenizer = resolve(path_or_id, wanted), None
+    # "flash" may be asked for a model that goes from here to CUDA later (train.py), so the machine decides
+    attn = pick_attention(attn, "cuda" if attn == "flash" and torch.cuda.is_available() else device)
+    if path.is_dir() and allow_fresh and "method" not in read_json(path / "config.json"):
+        cfg = configure(PRESETS[preset] if preset else Config(), **overrides)
+        model = start_from_public(path, cfg, attn)
+        model.tokenizer = load_tokenizer(cfg, path) if tokenizer is None else tokenizer
+        return model.to(device)
     if path.is_dir():
         saved, weights = load_config(path, "robovlms"), path / "model.safetensors"
         if preset not in (None, saved["preset"]):
@@ -1371,10 +1566,8 @@ def from_pretrained(path_or_id, *, preset=None, config=None, tokenizer=None, att
         cfg = configure(cfg, **overrides)
         stats = official_stats(*[n for n in BOUNDS if (n == "calvin") == (cfg.gripper == "signed")])
         state, preset = rename_official(state), preset or "custom"
-    # "flash" may be asked for a model that goes from here to CUDA later (train.py), so the machine decides
-    where = "cuda" if attn == "flash" and torch.cuda.is_available() else device
     with no_init_weights():                                    # the file's tensors move in below
-        model = Model(cfg, attn=pick_attention(attn, where))
+        model = Model(cfg, attn=attn)
     check_fit(model.state_dict(), state, weights)
     model.load_state_dict({name: t.float() for name, t in state.items()}, assign=True)
     model.tokenizer = load_tokenizer(cfg, own_tokenizer) if tokenizer is None else tokenizer

@@ -15,7 +15,9 @@ Drive a robot over HTTP: load a checkpoint, take pictures and an instruction, an
 Mode "chunk" (the default) keeps nothing: the next T actions, of which the client plays as many as it likes.
 Mode "step" (the default with --execute k): one action, T = 1, of the session's own Policy (queue, ensemble).
 Units and conventions (frame, rotation, gripper) are those of the dataset `unnorm_key`. A client's mistake is
-4xx, ours 5xx, always {"error": "one line"}; a robot never receives NaN.
+4xx, ours 5xx, always {"error": "one line"}; a robot never receives NaN. A method that predicts points (a0)
+answers "waypoints", [[u, v], ... T rows] in [0, 1] of the picture, instead of "actions", in mode "chunk"
+only: motion needs depth and the camera's matrices, and is made beside the robot, by a0.Policy.
 """
 import asyncio
 import base64
@@ -136,20 +138,26 @@ class Service:
     def __init__(self, model, unnorm_key=None, execute=None, checkpoint="", **options):
         self.model, self.cfg, self.options = model.eval(), model.cfg, options
         self.method = importlib.import_module(type(model).__module__)
-        if unnorm_key is None and len(model.stats) == 1:
+        self.points = self.method.PREDICTS != "actions"                      # no robot's units
+        if self.points and (unnorm_key or execute):
+            raise ValueError(f"--unnorm-key, --execute: {self.method.__name__} answers points in the "
+                             "picture, no actions; leave them out.")
+        if unnorm_key is None and len(model.stats) == 1 and not self.points:
             unnorm_key, = model.stats
         self.unnorm_key, self.execute = unnorm_key, execute
         self.lock, self.times = threading.Lock(), deque(maxlen=10_000)       # milliseconds
         self.sessions = OrderedDict()                                        # name: key, instruction, Policy
         key = next(iter(model.stats), None) if unnorm_key is None else unnorm_key
         size = self.cfg.image_size
-        pick_stats(model.stats, key)                                         # a wrong --unnorm-key fails here
+        if not self.points:
+            pick_stats(model.stats, key)                                     # a wrong --unnorm-key fails here
         try:
             installed = version("plainvla")
         except PackageNotFoundError:
             installed = "not installed"
         self.info = {"method": self.method.__name__, "preset": model.preset, "checkpoint": checkpoint,
-                     "version": installed, "device": str(model.device), "attention": model.attn,
+                     "predicts": self.method.PREDICTS, "version": installed,
+                     "device": str(model.device), "attention": model.attn,
                      "views": {view: [size, size] for view in self.cfg.views},
                      "state_dim": getattr(self.cfg, "state_dim", 0),
                      "horizon": self.cfg.horizon, "action_dim": self.cfg.action_dim,
@@ -196,6 +204,9 @@ class Service:
         key, mode = body.get("unnorm_key", self.unnorm_key), body.get("mode", self.info["mode"])
         if mode not in ("chunk", "step"):
             raise Refused(400, f'"mode" is {mode[:100]!r}; choose "chunk" or "step".')
+        if self.points and (mode == "step" or key):
+            raise Refused(400, f'{self.method.__name__} answers points in the picture: mode "chunk", no '
+                          '"unnorm_key". a0.Policy, beside the robot, makes them motion.')
         observation = read_observation(body, self.cfg)
         with self.lock:
             start = time.perf_counter()
@@ -206,7 +217,7 @@ class Service:
                 raise Refused(400, e) from e
             ms = 1000 * (time.perf_counter() - start)                        # without the queue for the lock
         said = {name: value for name, value in info.items() if isinstance(value, (str, int))}     # no arrays
-        return {"actions": actions.tolist(), "infer_ms": round(ms, 3),
+        return {self.method.PREDICTS: actions.tolist(), "infer_ms": round(ms, 3),
                 "info": {"mode": mode, "unnorm_key": key, **said}}
 
     def reset(self, raw):

@@ -128,6 +128,7 @@ def parse(argv):
     module = importlib.import_module(args.model)
     cfg = configure(module, args)
     args.data = args.data or cfg.data
+    args.lora = args.lora or getattr(cfg, "lora", 0)
     if not args.data:
         raise ValueError(f"--data is missing: {args.model} {args.preset} has no default data set.")
     tabletop = args.data.partition(":")[0] == data.NAME
@@ -160,9 +161,16 @@ def remembered(parser, path):
 def configure(module, args):
     """The preset's Config with --set, --steps, --batch ... applied."""
     choose(f"--preset: {args.model} has no", args.preset, list(module.PRESETS))
-    cfg, changes = module.PRESETS[args.preset], {}
+    cfg, changes, chosen = module.PRESETS[args.preset], {}, []
+    for item in args.set:                                      # robovlms: an official JSON, then other values
+        if item.startswith("config=") and hasattr(module, "read_official_config"):
+            cfg, notes = module.read_official_config(item.partition("=")[2])
+            if notes and common.rank_info()[0] == 0:
+                print(*notes, sep="\n", file=sys.stderr)
+        else:
+            chosen.append(item)
     known = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
-    for item in args.set:
+    for item in chosen:
         name, equals, text = item.partition("=")
         choose(f"{args.model}.Config has no field", name, list(known))
         if not equals:
@@ -256,6 +264,12 @@ def build(module, cfg, args, tokenizer, stats, attn, found):
 def load_part(model, path, option):
     """Copy a file's tensors into the model: each must fit; what is not in the file is `fresh`."""
     part, own = common.load_weights(path), model.state_dict()
+    for name in getattr(model, "unread", ()) if option == "--init" else ():
+        part.pop(name, None)
+    for name in getattr(model, "resized", ()) if option == "--init" else ():
+        if name in part and part[name].shape != own[name].shape:
+            print(f"warning: {path}: {name} {tuple(part.pop(name).shape)} is left out, it starts fresh with "
+                  f"{tuple(own[name].shape)}.", file=sys.stderr)
     for name, value in part.items():
         if name not in own or own[name].shape != value.shape or not value.is_floating_point():
             has = f"has {tuple(own[name].shape)}" if name in own else "has no such weight"
@@ -415,7 +429,7 @@ def validate(wrapped, batches, device, precision, predicts):
             with precision():
                 loss_sum += step(to_device(batch, device))[0].item() * len(samples)
             chunks = torch.as_tensor(step.act(samples, name)[0])                           # (B, T, A)
-            target = torch.stack([torch.from_numpy(s[predicts]) for s in samples])         # (B, T, A)
+            target = torch.stack([torch.from_numpy(s[predicts])[:chunks.shape[1]] for s in samples])
             mask = torch.ones(target.shape[:2], dtype=torch.bool)                          # (B, T)
             if predicts == "actions":
                 mask = torch.stack([torch.from_numpy(s["loss_mask"]) for s in samples])
@@ -837,6 +851,7 @@ def run(cleanup, args, module, cfg, found):
         optimizer.zero_grad()
         if average:                                            # a shorter memory in the first steps
             decay = min(cfg.ema, (1 + step) / (10 + step))
+            decay = module.ema_decay(step - 1, cfg.ema) if hasattr(module, "ema_decay") else decay
             torch._foreach_lerp_(average, [local(p).detach() for p in params.values()], 1 - decay)
         sums["grad"] = sums.get("grad", 0) + norm
         finite = torch.isfinite(loss.detach()) & torch.isfinite(norm)

@@ -390,7 +390,7 @@ class Bench:
     deviation of each tower's input; cast(model) to what it acts in, itemsize(parameter's name) there;
     baseline, plain: the plain modules, in words and as a class; run, base_run(batch, i): one inference; act,
     base_act(observations, i): in robot units; decode(variant): a Case; loss, base_loss(batch, i); stages():
-    one inference, counted in parts.
+    one inference, counted in parts; frozen_flops(batch), if part of it does not train.
     """
     closed_loop = None                                         # variants that --episodes compares
     variants = {"infer": ("eager", "jpeg", "cold", "hf-compile"), "decode": ("eager",), "train": ("step",),
@@ -564,6 +564,10 @@ class Bench:
 
     # -- counts
 
+    def frozen_flops(self, batch):
+        """Those of the loss's forward pass that have no backward pass."""
+        return 0
+
     def watched(self):
         return [(p, self.itemsize(name)) for name, p in self.model.named_parameters()]
 
@@ -578,9 +582,9 @@ class Bench:
         kind, work = next(model.train().parameters()).dtype, lambda: self.loss(batch, 0)
         forward, _ = count(work)
         yield "train", {
-            "flops": 3 * forward.flops, "ops": forward.ops, "tokens_in": self.tokens_in(batch),
-            "saved_bytes": saved_bytes(work, model.parameters()),
-            "note": "train counts: 3 x forward, all of it trained; ops and saved bytes of the forward pass, "
+            "flops": 3 * forward.flops - 2 * self.frozen_flops(batch), "ops": forward.ops,
+            "tokens_in": self.tokens_in(batch), "saved_bytes": saved_bytes(work, model.parameters()),
+            "note": "train counts: 3 x forward of what trains; ops and saved bytes of the forward pass, "
             f"in {str(kind).removeprefix('torch.')}"}
         parts = {name: {"parameters": sum(p.numel() for p in m.parameters()), "bytes": sum(
             p.numel() * self.itemsize(f"{name}.{n}") for n, p in m.named_parameters())}
@@ -710,7 +714,8 @@ def fields_of(bench, variant):
     if what == "train":
         with torch.no_grad():
             forward, _ = count(lambda: bench.loss(bench.batch(0), 0))
-        found |= {"flops": 3 * forward.flops, "peak_tflops": peaks[0], "peaks": peaks[2]}
+        frozen = bench.frozen_flops(bench.batch(0))
+        found |= {"flops": 3 * forward.flops - 2 * frozen, "peak_tflops": peaks[0], "peaks": peaks[2]}
     if found.get("ms"):
         found["x_floor"] = found["ms"] / found["floor_ms"] if found.get("floor_ms") else None
         found["mfu"] = found["flops"] / found["ms"] / peaks[0] / 1e9 if what == "train" else None

@@ -28,6 +28,7 @@ import platform
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -39,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import a0  # noqa: E402
 import cogact  # noqa: E402
 import eval_sim  # noqa: E402
+import robovlms  # noqa: E402
 import vla0  # noqa: E402
 from common import Parser, atomic_write, cli, load_weights, read_json, within, write_json  # noqa: E402
 from eval_sim import COLOURS, FAMILIES, MAX_GAP, PHRASES, REACH, SHAPES  # noqa: E402
@@ -288,7 +290,64 @@ class A0:
         return states, None, points.unflatten(0, (B, Q))
 
 
-METHODS = {"a0": A0, "cogact": CogACT, "vla0": VLA0}
+class RoboVLMs:
+    """How KosMos-2 looks and reads. Rows: <s> | latents | question ACT; latent p answers for patch p."""
+    method, answer = robovlms, CogACT.answer
+
+    @staticmethod
+    @torch.no_grad()
+    def begin(m):
+        """Each latent starts with a look at its own patch (weight 0.96); from all of them at once it learned
+        nothing in 200 steps. Patches first differ by place, and queries and keys are the same projection."""
+        project, embed = m.backbone.image_to_text_projection, m.backbone.tower.embeddings
+        project.dense.weight.mul_(16)                                 # the features have length 1
+        embed.position_embedding.weight.mul_(50)
+        black = torch.zeros(1, 3, m.cfg.image_size, m.cfg.image_size)
+        features = m.backbone.tower.post_layernorm(m.backbone.patches(black))
+        place = project.dense(F.normalize(features, dim=-1))[0, 1:]                     # (P, D)
+        place = place - place.mean(0)
+        project.latent_query.copy_(0.4 * place / place.std())         # small: latents are among the keys
+        project.x_attn.q_proj.weight.mul_(4)
+        project.x_attn.k_proj.weight.copy_(project.x_attn.q_proj.weight)
+
+    @staticmethod
+    def sizes(cfg):
+        return cfg.llm_width, cfg.llm_width, cfg.llm_depth
+
+    @staticmethod
+    def look(m, images):
+        return m.look_at(images[:, None])[:, 0, 0]                                      # (B, P, D)
+
+    @staticmethod
+    def embedding(m):
+        """Words, and one more: the learned query."""
+        table = torch.cat([m.backbone.embedding.weight, m.action_token[None]])
+        return lambda ids: F.embedding(ids, table)
+
+    @staticmethod
+    def read(m, rows, index, see, grid):
+        decoder, states = m.backbone.decoder, []                      # its own forward makes its own mask
+        places = decoder.embed_positions.weights[index + 2]                             # (N, D)
+        x = rows * decoder.embed_scale + places
+        mask = torch.zeros(see.shape).masked_fill(~see, torch.finfo(torch.float32).min)[None, None]
+        for layer in decoder.layers:
+            states.append(x)
+            x = layer(x, mask)
+        return SimpleNamespace(hidden_states=[*states, x], last_hidden_state=decoder.layer_norm(x))
+
+    @staticmethod
+    def question(cfg, tokenizer, text, answer):
+        ids = robovlms.encode_prompt(text, cfg, tokenizer)[1:-1] + [cfg.vocab]          # less <s> and </s>
+        return ids, len(ids)
+
+    @staticmethod
+    def before(cfg, tokenizer):
+        return robovlms.encode_prompt("x", cfg, tokenizer)[:1]
+
+    skip = "act_head."
+
+
+METHODS = {"a0": A0, "cogact": CogACT, "robovlms": RoboVLMs, "vla0": VLA0}
 
 
 def paths(row, counts):
@@ -454,13 +513,16 @@ def main():
     model = how.method.Model(cfg, how.method.load_tokenizer(cfg))
     if how is A0:
         model.requires_grad_(True)                                    # its encoders are frozen from then on
+    if hasattr(how, "begin") and not a.init:
+        how.begin(model)
     if a.init:
         print(f"fresh: {len(model.load_state_dict(load_weights(a.init), strict=False).missing_keys)} tensors")
     grid = cfg.image_size // cfg.patch_size // getattr(cfg, "merge_size", 1)
     held_out = make_scenes(2000, cfg.image_size, grid, HELD_OUT)
     scenes = make_scenes(a.scenes, cfg.image_size, grid)
     asker = Asker(model, how)
-    parameters = [q for n, q in asker.named_parameters() if q.requires_grad and "action_model" not in n]
+    learns = lambda name: not name.removeprefix("model.").startswith(how.skip or "-")       # noqa: E731
+    parameters = [q for n, q in asker.named_parameters() if q.requires_grad and learns(n)]
     print(f"{sum(q.numel() for q in parameters) / 1e6:.2f} M parameters, {len(scenes)} scenes")
     opt = torch.optim.AdamW(parameters, a.lr, betas=(0.9, 0.98), weight_decay=0.01)
     rng, start, mean = np.random.default_rng(a.seed), time.time(), {}

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import a0  # noqa: E402
 import bench  # noqa: E402
 import cogact  # noqa: E402
 import common  # noqa: E402
@@ -19,6 +20,8 @@ import vla0  # noqa: E402
 
 QUICK = "--rounds 1 --inner 1 --warmup 0 --check"
 SMALL = {"vla0": "--set horizon=1 execute=1 llm_depth=2 vit_depth=1 full_attention=0 image_size=48",
+         "a0": "--set image_size=48 depth=3 width=64 siglip_width=32 qwen_width=32",
+         "robovlms": "--set history=3 vit_depth=1 llm_depth=2 image_size=48 image_tokens=4",
          "cogact": "--set dino_depth=2 siglip_depth=2 llm_depth=2 depth=2 image_size=48"}
 NUMBERS = ("ms ratio flops bytes floor_ms x_floor mfu ops saved_bytes forwards tokens_in tokens_out "
            "peak_tflops peak_tbps mem_peak_bytes batch rounds inner").split()
@@ -78,7 +81,7 @@ def test_ceiling_and_baseline_none(run):
 
 @pytest.mark.parametrize("flags", ["--batch 3 --variant {0}", "--dtype bf16 --variant {1}"])
 @pytest.mark.parametrize("method, variants", [
-    ("vla0", ["spec:prev", "spec:oracle"]), ("cogact", ["eager"] * 2)], ids=str)
+    ("vla0", ["spec:prev", "spec:oracle"]), ("cogact", ["eager"] * 2), ("a0", ["kept", "eager"])], ids=str)
 def test_batches_of_several_and_bf16(run, monkeypatch, method, variants, flags):
     monkeypatch.setattr(bench.train, "measured_peak", lambda *_: 1e11)     # bf16 products are slow on a CPU
     code, rows = run(f"{method} infer {flags.format(*variants)} {QUICK} {SMALL[method]}")
@@ -95,6 +98,8 @@ def believe_the_draft(accept, self, said):                     # verification fo
 @pytest.mark.parametrize("flags, place, name, broken", [
     ("vla0 decode --variant spec:prev", vla0.Writer, "commit", believe_the_draft),
     ("cogact decode", cogact.ActionModel, "guided", lambda _, self, x, c, w: self.net.denoise(x, c[:len(x)])),
+    ("a0 infer --variant kept", a0.Model, "see", lambda see, self, images, keep=False: see(
+        self, images, keep) * (1 if not keep else 0.9)),
     ("cogact train --batch 1", bench.method("cogact"), "loss", lambda loss, *given: 1.001 * loss(*given))])
 def test_check_refuses_a_speed_of_wrong_outputs(run, monkeypatch, flags, place, name, broken):
     right = getattr(place, name)
@@ -121,7 +126,9 @@ def test_counts_on_meta_equal_those_of_a_real_run(run, method):
 @pytest.mark.slow
 @pytest.mark.parametrize("method, acting, training, tokens, moved, parameters", [
     ("vla0", 3.16e12, 10.0e12, (225, 224), 1247e9, 3_754_622_976),
-    ("cogact", 4.12e12, 12.3e12, (281, None), None, 7_630_224_071)], ids=str)
+    ("cogact", 4.12e12, 12.3e12, (281, None), None, 7_630_224_071),
+    ("robovlms", 0.39e12, 2 * 9.35e12, (90, None), None, 1_664_485_376 + 41_210_950),      # 16 frames, not 8
+    ("a0", 1.75e12, 2.46e12, (1478, None), 11.7e9, 1_215_673_346)], ids=str)
 def test_official_counts_are_those_of_performance_md(method, acting, training, tokens, moved, parameters):
     """FLOPs and bytes within 3 % (section 2), parameters to the last one: nothing runs that nobody reads."""
     args = bench.parse(f"{method} count --device meta --size official --batch 1".split())

@@ -8,10 +8,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import a0
 import data
+import forks
 from golden_cases import Recordings
 
 GOLDEN = Recordings("a0")
@@ -64,7 +67,7 @@ def test_instructions_and_the_official_mixture(case):
 
 
 @GOLDEN.replays("datasets_expected")
-def test_readers_reproduce_the_recorded_draws(case):
+def test_readers_reproduce_the_recorded_draws_c18(case):
     recorded, root = case.json(case.config["cases_file"]), case.folder / "datasets"
     for one in recorded["reader_cases"]:
         sample, two = replay(root, one), replay(root, one, single_image=0)
@@ -89,8 +92,98 @@ def test_readers_reproduce_the_recorded_draws(case):
 
 
 @GOLDEN.replays("hoi4d_mask_centers")
-def test_masks_of_raw_hoi4d_become_centres(case):
-    pytest.skip("hoi4d_metadata comes with centres; data.py does not make it from raw HOI4D's masks")
+def test_label_colours_and_centres_of_masks_match(case):
+    recorded = case.json()
+    case.compare("color_map_rgb_first_16", data.label_colours(16).tolist(),
+                 recorded["color_map_rgb_first_16"])
+    mask = data.label_colours(256)[np.array(recorded["mask_index_image"])]             # (h, w, 3)
+    for query in case.config["queries"]:
+        for way, largest in (("mean_of_pixels", False), ("largest_contour_moments", True)):
+            found, want = data.mask_centre(mask, query["labels"],
+                                           largest), recorded["centers_xy"][query["key"]][way]
+            assert (found is None) == (want is None)
+            if want:
+                case.compare(f"centers_xy/{query['key']}/{way}", found, want)
+
+
+def test_largest_outline_counts_its_holes_and_no_other_thing():
+    mask = np.zeros((12, 20, 3), np.uint8)
+    mask[2:9, 3:10] = mask[0, 0] = mask[10, 12:20] = data.label_colours(4)[3]
+    mask[3:8, 3 + 1:9] = 0                                             # a ring, a dot, and a line: no area
+    mask[5, 6] = data.label_colours(4)[3]                              # what is within the ring is the ring's
+    assert data.mask_centre(mask, [3], largest=True) == [6, 5] != data.mask_centre(mask, [3])
+    mask[2:9] = 0
+    assert data.mask_centre(mask, [3], largest=True) is None and data.mask_centre(mask, [3]) == [13, 8]
+
+
+def raw_hoi4d(root):
+    """HOI4D_annotations of a bottle, a drawer, a bucket, each at x = 2 i + 1 in frame i; and definitions."""
+    write(root / "def/task/task_definitions.csv", "Category ID,Category,T1,T2\nC5,Bottle,Pick and place,N/A\n"
+          "C4,Storage Furniture,N/A,Open and close the drawer\nC8,Bucket,Pick and place,N/A\n")
+    write(root / "def/motion segmentation/label.csv", "Category ID,Category,Lable 1,Lable 2,Lable 3,Lable 4\n"
+          "C5,Bottle,Bottle,Right Hand,Mug,\nC8,Bucket,Body of the Bucket,Right Hand,Handle,Handle\n"
+          "C4,Storage Furniture,Door,Right Hand,Body of the Cabinet,Drawer\n")
+    events = [("rest", 0, 0.2), ("Pickup", 0.2, 1.34)]
+    for name, label, kind, seconds in (("C5/N1/S1/s1/T1", 1, "mask", 20), ("C4/N1/S1/s1/T2", 4, "mask", 10.0),
+                                       ("C8/N1/S1/s1/T1", 5, "shift_mask", 20)):
+        clip, scale = root / "HOI4D_annotations/ZY1/H1" / name, seconds / 20
+        names = ("hdTimeStart", "hdTimeEnd") if kind == "shift_mask" else ("startTime", "endTime")
+        marks = [{"id": i, "event": e, names[0]: a * scale, names[1]: b * scale} for i,
+                 (e, a, b) in enumerate(events)]
+        marks = {"markResult": {"marks": marks}} if kind == "shift_mask" else {"events": marks}
+        write(clip / "action/color.json",
+              {"info": {"Duration" if seconds == 10 else "duration": seconds}, **marks})
+        for i in range(21):
+            index = np.full((10, 50), 2)                               # a hand everywhere
+            index[4:7, 2 * i:2 * i + 3] = label
+            write(clip / f"2Dseg/{kind}/{i:05d}.png", Image.fromarray(data.label_colours(6)[index]))
+            write(root / f"HOI4D_release/ZY1/H1/{name}/align_rgb/{i:05d}.jpg", grey(i, (50, 10)))
+    return ["--root", str(root), "--definitions", str(root / "def"), "--workers", "0"]
+
+
+def test_raw_hoi4d_becomes_a_set_to_train_on(tmp_path, monkeypatch, capsys):
+    flags, clips = raw_hoi4d(tmp_path), tmp_path / "HOI4D_annotations/ZY1/H1"
+    shutil.copytree(clips / "C5/N1/S1/s1/T1/action", clips / "C5/N2/S1/s1/T1/action")  # a clip without masks
+    write(clips / "C8/N1/S1/s1/T1/action/color.json", ("info", {}))                    # that is 20 s, then
+    monkeypatch.setattr(sys, "argv", ["data.py", "hoi4d-metadata", *flags])
+    data.main()
+    made = {path.parts[-6]: path for path in tmp_path.glob("hoi4d_metadata/**/metadata.json")}
+    before = {path: path.stat().st_mtime_ns for path in made.values()}
+    data.main()                                                        # what is done is done
+    said = capsys.readouterr()
+    assert before == {path: path.stat().st_mtime_ns for path in made.values()}
+    assert said.out.count("3 clips") == said.err.count("1 clips have no masks") == 2
+    for category, words, label in (("C5", "pick and place", "Bottle"),
+                                   ("C8", "pick and place", "Handle of Bucket"),
+                                   ("C4", "open and close the drawer", "Drawer of Storage Furniture")):
+        clip = json.loads(made[category].read_text())
+        assert (clip["task_name"], clip["label_name"]) == (words, label)
+        assert [frame["center"] for frame in clip["frames"]] == [[2 * i + 1, 5] for i in range(21)]
+        assert [(e["start_frame"], e["end_frame"]) for e in clip["events_frame"]] == [(0, 3), (3, 20)]
+        assert [clip["frames"][i]["event"] for i in (0, 3, 4)] == ["rest", "rest", "Pickup"]
+    sets = [data.a0_dataset("hoi4d", tmp_path, split, single_image=0) for split in ("train", "test")]
+    samples = [one[i] for one in sets for i in range(len(one))]
+    assert len(samples) == 3 and "Task: pick and place. Pickup Bottle." in {s["instruction"] for s in samples}
+    for sample in samples:                                             # its points lie where the masks were
+        at = round(float(sample["images"]["current"].mean()) / 5)
+        assert sample["waypoints"][[0, -1], 0].tolist() == pytest.approx([(2 * at + 1) / 50, 41 / 50])
+
+
+@pytest.mark.parametrize("path, content, message", [
+    ("HOI4D_annotations", None, "no HOI4D_annotations/"),
+    ("def/task", None, "task_definitions.csv is not as .*No such"),
+    ("HOI4D_annotations/ZY1/H1/C5/N1/S1/s1/T1/action/color.json", ("events", [{}]),
+     "color.json is not as .*'event'"),
+    ("HOI4D_annotations/ZY1/H1/C5/N1/S1/s1/T1/action/color.json", ("info", {"duration": "long"}),
+     "color.json is not as .*'long'"),
+    ("HOI4D_annotations/ZY1/H1/C5/N1/S1/s1/T1/2Dseg/mask/00003.png", "torn",
+     "00003.png is not as .*Unidentified")])
+def test_bad_raw_hoi4d_is_one_line_that_names_the_file(tmp_path, path, content, message):
+    raw_hoi4d(tmp_path)
+    write(tmp_path / path, content)
+    with pytest.raises(ValueError, match=message) as error:
+        data.hoi4d_metadata(tmp_path, tmp_path / "def", workers=0)
+    assert len(str(error.value).splitlines()) == 1 and str(tmp_path) in str(error.value)
 
 
 # ---- Small trees: frame i is grey of brightness 5 i, and the object is at x = i of 20 ---------------------
@@ -196,6 +289,12 @@ def test_hoi4d_frames_take_the_best_points_and_words(root, capsys):
             test[0], (5, 6), "close the door of the cabinet body in the storage furniture.")):
         assert look(sample)[:2] == numbers and sample["instruction"] == words
         assert sample["waypoints"].tolist() == [[0, 0], [0.25, 0.5], [0.5, 0.5], [0.75, 0.75], [1, 1]]
+
+
+def test_samples_say_what_class_the_official_tests_count_them_in(root):
+    found = {form: data.a0_dataset(form, root, "test")[0].get("class") for form in list(data.A0_FORMS)[:5]}
+    assert found == {"maniskill": "task", "hoi4d": "Bottle", "hoi4d_frame": "Storage Furniture",
+                     "droid_cotrack": None, "droid_molmo_sam2": None}
 
 
 @pytest.mark.parametrize("form", list(data.A0_FORMS)[:5])
@@ -327,3 +426,86 @@ def test_torn_table_or_video_or_missing_package_is_one_line(tmp_path, monkeypatc
     pytest.importorskip(module)
     with pytest.raises(ValueError, match="(rows.parquet|image.mp4) is not as in A0's sets: .*Copy it again"):
         call(root=tmp_path)
+
+
+# ---- Through train.py -------------------------------------------------------------------------------------
+
+def train(root, flags, horizon=5, **how):
+    """train.py in `root` with a model of nothing but corners; its validation, too."""
+    small = "image_size=24 width=16 depth=2 heads=2 siglip_width=16 qwen_width=16 views=current"
+    return forks.shared()(f"train.py --model a0 --init none --device cpu --save-every 0 --log-every 10 "
+                          f"--set {small} horizon={horizon} execute={horizon} {flags}", cwd=root, **how)
+
+
+def losses(root, run):
+    rows = map(json.loads, (root / run / "metrics.jsonl").read_text().splitlines())
+    return [(row["step"], *(x for name, x in row.items() if name in ("loss", "val_loss"))) for row in rows]
+
+
+def pixmo(root):
+    """pixmo-points of 40 pictures, a label and a point for each."""
+    names = [f"http://x/{i}" for i in range(200)]
+    for i, url in enumerate(names):
+        write(root / f"pixmo-points/images/{hashlib.sha256(url.encode()).hexdigest()}.png",
+              grey(i % 40, (8, 4)))
+    rows = [{"image_url": url, "label": "mug", "points": [{"x": 25, "y": 50}]} for url in names]
+    write(root / "pixmo-points/rows.json", json.dumps(rows))
+
+
+@pytest.mark.parametrize("form", list(data.A0_FORMS)[:5])
+def test_every_official_form_trains_twenty_steps(root, form):
+    done = train(root, f"--data {form}={root} --steps 20 --batch 2 --val-every 20 --out out")
+    assert done.rc == 0, done.err
+    assert [step for step, *_ in losses(root, "out")] == [10, 20, 20]
+    assert np.isfinite(losses(root, "out")).all()
+    assert (root / "out/last/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("path, content, message", [
+    ("maniskill/task/rgb/2.png", None, "2.png"), (SIM, ("waypoints2d", []), "out_0.json"),
+    ("maniskill/task/rgb/2.png", grey(0, (4, 4)), "2.png is (4, 4, 3)"),
+    (SIM, ("waypoints2d", [[400, 2]] * 18), "out_0.json")])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_wrong_with_a_folder_ends_training_in_one_line(root, path, content, message, workers):
+    write(root / path, content)
+    done = train(root, f"--data maniskill={root} --steps 20 --batch 4 --val-every 0 --workers {workers}")
+    said = [line for line in done.err.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    assert done.rc == 2
+    assert len(said) == 1
+    assert f"{root}/{path}"[:-4] in said[0]
+    assert message in said[0], done.err
+    assert "Traceback" not in done.err
+
+
+def test_first_two_averages_are_the_weights(root):
+    """The official warm-up of the average; see test_a0.py::test_ema_decays_match_c17."""
+    for steps, same in ((2, True), (4, False)):
+        done = train(root, f"warmup=0 --data maniskill={root} --steps {steps} --batch 2 --ema 0.9999 "
+                     f"--val-every 0 --out {steps}")
+        assert done.rc == 0, done.err
+        averaged, state = (load_file(root / f"{steps}/last" / name) for name in (
+            "model.safetensors", "training_state/state.safetensors"))
+        name = "model.final_layer.ffn_final.fc2.weight"
+        assert torch.equal(averaged[name], state[f"weights/{name}"]) == same
+
+
+def test_pretrained_run_begins_one_with_five_points(root):
+    """One point and one picture first, on pixmo-points; what does not fit then is named, and starts fresh."""
+    pixmo(root)
+    first = train(root, f"history=1 --data pixmo-points={root} --steps 4 --batch 2 --val-every 4 --out first",
+                  horizon=1)
+    assert first.rc == 0 and [step for step, *_ in losses(root, "first")] == [4, 4], first.err
+    begun = load_file(root / "first/last/model.safetensors")
+    assert begun["model.x_pos_embed"].shape[1] == 2
+    for init in ("first/last", "first/last/model.safetensors"):        # our folder, or its weights alone
+        done = train(root, f"lr=1e-9 --data maniskill={root} --steps 1 --batch 2 --val-every 0 --init {init} "
+                     "--out out --overwrite")
+        assert done.rc == 0, done.err
+        for name in ("model.x_pos_embed", "model.img_cond_pos_embed"):
+            assert f"{name} (1, " in done.err and "starts fresh with (1, " in done.err
+        assert "fresh: model.x_pos_embed, model.img_cond_pos_embed\n" in done.out
+        state = load_file(root / "out/last/model.safetensors")
+        assert state["model.x_pos_embed"].shape[1] == 6
+        assert np.allclose(state["img_adaptor.0.weight"], begun["img_adaptor.0.weight"], atol=1e-6)
+    done = train(root, f"width=32 --data maniskill={root} --out x --init first/last/model.safetensors")
+    assert done.rc == 2 and "does not fit" in done.err             # other sizes remain an error

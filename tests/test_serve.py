@@ -24,6 +24,7 @@ import torch
 import uvicorn
 from PIL import Image
 
+import a0
 import cogact
 import serve
 from common import cli
@@ -190,6 +191,25 @@ def test_number_of_sessions_is_bounded(model, monkeypatch):
 def test_reset_without_a_body_forgets_the_nameless_session(call):
     assert call("/v1/act", request(mode="step"))[0] == 200
     assert call("/v1/reset", b"") == (200, {"forgotten": True})
+
+
+def test_points_come_without_statistics_and_motion_is_refused():
+    model = a0.Model(a0.PRESETS["tiny"], a0.load_tokenizer(a0.PRESETS["tiny"])).eval()
+    torch.nn.init.normal_(model.model.final_layer.ffn_final.fc2.weight, std=0.2)
+    for flags in ({"unnorm_key": "tabletop"}, {"execute": 2}):
+        with pytest.raises(ValueError, match="a0 answers points"):
+            serve.create_app(model, **flags)
+    with running(model) as call:
+        torch.manual_seed(3)
+        status, answer = call("/v1/act", request(images={"third": encoded(picture(48, 100))}))
+        torch.manual_seed(3)
+        seen = {"instruction": "pick up the red cube", "images": {"third": picture(48, 100)}}
+        points, _ = model.act([seen])
+        assert status == 200 and np.array_equal(np.float32(answer["waypoints"]), points[0]), answer
+        assert np.shape(answer["waypoints"]) == (5, 2) and call("/v1/info")[1]["predicts"] == "waypoints"
+        for wrong in ({"mode": "step"}, {"unnorm_key": "tabletop"}):
+            status, answer = call("/v1/act", request(**wrong))
+            assert status == 400 and 'answers points in the picture: mode "chunk"' in answer["error"]
 
 
 # ---- What a client can get wrong ---------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def make(split="train", horizon=8):
 '''
 SMALL = ("dino_width=32 dino_heads=2 dino_mlp=32 dino_depth=2 siglip_width=32 siglip_heads=2 siglip_mlp=32 "
          "siglip_depth=2 llm_width=32 llm_mlp=32 llm_depth=2 llm_heads=2 width=32 depth=2 heads=2 "
-         "image_size=16 patch_size=8 repeated_diffusion_steps=2 horizon=4 execute=2 warmup=2 lr=0.01")
+         "image_size=16 patch_size=8 repeated_diffusion_steps=2 horizon=4 execute=2 warmup=2 lr=0.01 head_lr=0")
 BASE = ("train.py --model cogact --data toy.py:make --init none --batch 8 --val-every 0 --steps 8 "
         "--save-every 2 --log-every 1")
 

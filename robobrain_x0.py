@@ -690,12 +690,12 @@ class OmniSAT:
         group = cls.groups(chunks.shape[2])
         control = np.einsum("pt,ntd->ndp", spline_fit(spline_basis(chunks.shape[1], points, degree)), chunks)
         books = np.zeros((3, levels, entries, points), np.float32)
-        for g, level in np.ndindex(3, levels):
-            if level == 0:
-                left = control[:, group == g].reshape(-1, points)                   # (n dofs, N)
-            books[g, level] = train_codebook(left, entries, rng)
-            book, parts = books[g, level:level + 1], np.array_split(left, len(left) // 4096 + 1)
-            left = left - np.concatenate([residual_quantize(x, book)[1] for x in parts])
+        for g in range(3):
+            left = control[:, group == g].reshape(-1, points)                       # (n dofs, N)
+            for level in range(levels):
+                books[g, level] = train_codebook(left, entries, rng)
+                book, parts = books[g, level:level + 1], np.array_split(left, len(left) // 4096 + 1)
+                left = left - np.concatenate([residual_quantize(x, book)[1] for x in parts])
         return cls(books, degree, codes)
 
     @staticmethod
@@ -879,16 +879,12 @@ def score_ability(ability, found, truth):
 
 def draw_ability(image, found):
     """A picture, uint8 (h, w, 3), with points (n, 2), joined in order, or boxes (n, 4) drawn into it."""
-    picture = Image.fromarray(image)
-    pen = ImageDraw.Draw(picture)
-    if np.shape(found)[1] == 2:
-        pen.line([tuple(p) for p in found.tolist()], (255, 200, 0), 2)
-        for x, y in found:
-            pen.ellipse((x - 3, y - 3, x + 3, y + 3), (255, 0, 0))
-    else:
-        for x1, y1, x2, y2 in found:
-            corners = min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
-            pen.rectangle(corners, outline=(255, 0, 0), width=2)
+    picture, found = Image.fromarray(image), np.asarray(found)
+    pen, points = ImageDraw.Draw(picture), found.shape[1] == 2
+    for path in [found] if points else found[:, [[0, 1], [2, 1], [2, 3], [0, 3], [0, 1]]]:
+        pen.line([tuple(p) for p in path.tolist()], (255, 200, 0), 2)
+    for x, y in found if points else ():
+        pen.ellipse((x - 3, y - 3, x + 3, y + 3), (255, 0, 0))
     return np.array(picture)
 
 
@@ -1073,11 +1069,14 @@ def rope_positions(ids, cfg, grids):
         0 1 2  | 3 3 3 ...  3+row ...  3+column   | 3 + max(rows, columns) ...
     """
     out, here, grids = [], 0, iter(grids)
-    while len(out) < len(ids):                                 # a word is a picture of 1 x 1
-        shown = ids[len(out)] == cfg.image_id
-        rows, columns = (side // cfg.merge_size for side in next(grids)[1:]) if shown else (1, 1)
-        out += [(here, here + r, here + c) for r in range(rows) for c in range(columns)]
-        here += max(rows, columns)
+    while len(out) < len(ids):
+        if ids[len(out)] != cfg.image_id:
+            out.append((here,) * 3)
+            here += 1
+        else:
+            rows, columns = (side // cfg.merge_size for side in next(grids)[1:])
+            out += [(here, here + r, here + c) for r in range(rows) for c in range(columns)]
+            here += max(rows, columns)
     return torch.tensor(out).T, here - len(ids)
 
 
@@ -1542,10 +1541,10 @@ class Model(nn.Module):
             problems.append(problem)
             actions.append(np.tile(hold_pose(cfg, o), (T, 1)) if chunk is None else denormalize(chunk, stats))
         actions = np.asarray(actions, np.float64)                                   # (B, T, A)
-        info = {"subtasks": [s * (not end) for s, end in zip(subtasks, finished)], "ids": answers,
+        info = {"subtasks": ["" if end and s == NO_BOA else s for s, end in zip(subtasks, finished)],
+                "ids": answers, "codes": list(codes), "problems": problems, "actions": actions,
                 "tokens": writer.count.cpu().numpy(), "passes": writer.passes.cpu().numpy(),
-                "finished": np.array(finished), "problems": problems, "codes": list(codes),
-                "parse_failed": np.array([bool(p) for p in problems]), "actions": actions}
+                "finished": np.array(finished), "parse_failed": np.array([bool(p) for p in problems])}
         return actions.astype(np.float32), info
 
     def complete(self, prompt, pictures, options, mode="free", seed=None):
@@ -1591,6 +1590,9 @@ class Model(nn.Module):
 
 # ---- What an answer says, and the official servers' requests ----------------------------------------------
 
+NO_BOA = "Parsing failed: <boa> token not found"               # officially, in the sub-task's place
+
+
 def parse_answer(ids, cfg, subtask, decode):
     """Generated ids -> (sub-task in words, codes of each chunk, is the task done: <EOA>), as the servers read
     them: they play the first chunk. decode: ids -> text.
@@ -1603,7 +1605,7 @@ def parse_answer(ids, cfg, subtask, decode):
         at = ids.index(cfg.boa_id)
         words, ids = decode(ids[:at]).strip(), ids[at + 1:]
     elif subtask:
-        words = "Parsing failed: <boa> token not found"
+        words = NO_BOA
     for i in ids:
         if i == cfg.split_id:
             chunks.append([])
@@ -1689,9 +1691,11 @@ def infer(robot, body, write, decode, actions, stats, subtask, official=False, c
             chunk = actions.official(chunks[0], T, D)
         elif finished or problem:
             pose[:, -1] /= r.reported
-            out = {"eepose": np.tile(pose.ravel(), (T, 1)).tolist()} | ({"subtask": words} if subtask else {})
+            words = "" if finished and words == NO_BOA else words
+            out = {"subtask": words} if subtask else {}
+            out["eepose"] = np.tile(pose.ravel(), (T, 1)).tolist()
             if finished:
-                return 200, {"success": True, "finished": True, **out, **({"subtask": ""} if subtask else {})}
+                return 200, {"success": True, "finished": True, **out}
             return 422, {"success": False, "decode_ok": False, **out,
                          "error": f"the codes make no motion: {problem}"}
         poses = integrate(robot, pose.ravel(), denormalize(chunk, stats[key]))
@@ -1708,7 +1712,8 @@ class Policy:
 
     def __init__(self, model, unnorm_key=None, execute=None):
         self.model, self.unnorm_key = model, unnorm_key
-        self.execute = replace(model.cfg, execute=execute or model.cfg.execute).execute
+        self.cfg = model.cfg if execute is None else replace(model.cfg, execute=execute)
+        self.execute = self.cfg.execute
         self.reset()
 
     def reset(self, instruction=None):
@@ -1817,9 +1822,6 @@ def from_pretrained(path_or_id, *, preset=None, tokenizer=None, attn="auto", dev
     if dtype and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: choose bf16 or fp32.")
     folder, given = resolve(path_or_id, ["*.json", "*.safetensors"]), isinstance(tokenizer, Words)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: a folder with config.json and model.safetensors is expected; it has no "
-                         "config.json.")
     if tokenizer and not given:
         overrides["tokenizer"] = str(tokenizer)
     if "method" in read_json(folder / "config.json"):

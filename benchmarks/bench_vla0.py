@@ -322,6 +322,7 @@ class Method(Bench):
         """widths: of the passes after the prefill; None: a whole chunk, token by token."""
         cfg, batch = cfg or self.changed("eager"), self.batch(0)
         widths = [1] * (self.tokens_out() - 1) if widths is None else widths
+        cfg = dataclasses.replace(cfg, window=max(widths, default=1))         # room for the widest pass
         vision, rows = count(lambda: self.model.embed(batch), self.watched(), "vision tower")
         with self.model.reading() as reader:                   # it fuses weights: these are read
             fused, none = [(t, t.itemsize) for layer in reader.layers for t in layer], [None] * len(rows)

@@ -88,11 +88,12 @@ def become(job, rank, world, port, folder):
         setattr(place, name, counting(getattr(place, name)))
     sys.argv, code = job["argv"], 1
     try:
-        if job.get("alone"):
+        if job.get("alone"):                                   # an environment inside ROOT stays in reach
+            ours = {str(ROOT), *(str(ROOT / name) for name in ("tests", "benchmarks", "examples"))}
             for name, module in list(sys.modules.items()):
-                if str(getattr(module, "__file__", None)).startswith(f"{ROOT}/"):
+                if os.path.dirname(getattr(module, "__file__", None) or "") in ours:
                     del sys.modules[name]
-            sys.path[:] = [job["cwd"], *(path for path in sys.path if not path.startswith(str(ROOT)))]
+            sys.path[:] = [job["cwd"], *(path for path in sys.path if path not in ours and path)]
         runpy.run_path(str(Path(job["cwd"] if job.get("alone") else ROOT, job["argv"][0])), run_name="__main__")
     except SystemExit as e:
         code = e.code or 0

@@ -164,6 +164,8 @@ def configure(module, args):
     cfg, changes, chosen = module.PRESETS[args.preset], {}, []
     for item in args.set:                                      # robovlms: an official JSON, then other values
         if item.startswith("config=") and hasattr(module, "read_official_config"):
+            if args.preset != "tiny":
+                raise ValueError(f"--preset {args.preset} and --set {item}: each is a whole Config, give one.")
             cfg, notes = module.read_official_config(item.partition("=")[2])
             if notes and common.rank_info()[0] == 0:
                 print(*notes, sep="\n", file=sys.stderr)
@@ -254,7 +256,7 @@ def build(module, cfg, args, tokenizer, stats, attn, found):
     elif init.endswith(".safetensors"):
         load_part(model, Path(init), "--init")
         model.origin = {"started from": Path(init).name}
-    model.preset = args.preset
+    model.preset = "custom" if any(item.startswith("config=") for item in args.set) else args.preset
     if args.lora:
         add_lora(model, args.lora)
     return model
@@ -373,11 +375,11 @@ def lr_factor(cfg, step):
 
 # ---- Data -------------------------------------------------------------------------------------------------
 
-def open_data(args, cfg):
-    """(training set, validation set or None) that --data names."""
+def open_data(args, cfg, predicts):
+    """(training set, validation set or None) that --data names. predicts: the method's PREDICTS."""
     wanted = {"horizon": cfg.horizon, "views": cfg.views, "image_size": cfg.image_size,
               "action_dim": cfg.action_dim, "state_dim": getattr(cfg, "state_dim", 0) or None}
-    if hasattr(cfg, "history") and cfg.action_dim != 2:        # frames (a0's second one is a reference)
+    if hasattr(cfg, "history") and predicts == "actions":      # waypoints come with their own frames
         wanted["history"] = cfg.history
     where = {"cache": args.cache} if args.cache else {}
     episodes = {"episodes": args.data_episodes} if args.data_episodes else {}
@@ -761,7 +763,7 @@ def run(cleanup, args, module, cfg, found):
         dist.init_process_group(backend, timeout=timedelta(hours=2), **alone)
 
     # ---- data, model, optimizer
-    train, val = open_data(args, cfg)
+    train, val = open_data(args, cfg, module.PREDICTS)
     stats = data.dataset_statistics(train)
     tokenizer = module.load_tokenizer(cfg, found or (args.init and Path(args.init)))
     common.seed_everything(cfg.seed)                           # the same first weights on every rank

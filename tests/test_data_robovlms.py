@@ -223,6 +223,7 @@ def test_train_runs_an_official_json(tmp_path):
     assert "17 training and 17 validation samples" in done.out
     saved = json.loads((tmp_path / "run" / "last" / "config.json").read_text())
     assert saved["config"]["gripper"] == "signed" and saved["config"]["history"] == 3
+    assert saved["preset"] == "custom"
 
 
 @pytest.mark.parametrize("change, complaint", [

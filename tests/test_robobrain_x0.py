@@ -25,7 +25,7 @@ from PIL import Image
 from robobrain_x0 import (PRESETS, ROBOTS, Config, Fast, Model, OmniSAT, Policy, Words, collate,
                           encode_conversation, from_pretrained, infer, load_tokenizer, prepare)
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 GOLDEN = Recordings("robobrain_x0")
@@ -1170,11 +1170,28 @@ def test_wrong_input_is_one_clear_line(words):
     assert "\n" not in str(caught.value)
 
 
-def test_qwen_tokenizer_gives_the_same_ids_in_training_and_serving():
-    path = tokenizer_path("qwen2_5_vl") or tokenizer_path("qwen")
-    if path is None:
-        pytest.skip("TOKENIZER_DIR holds no Qwen vocabulary")
-    text, prompt = PreTrainedTokenizerFast(tokenizer_file=str(path)), x0.serving_prompt("agilex", "Go", True)
+def bytes_tokenizer():
+    """A tokenizer whose words are bytes, with Qwen's marks: no files."""
+    letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    text = Tokenizer(models.BPE(letters, []))
+    text.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    cfg = replace(PRESETS["3b"], im_start_id=256, im_end_id=257, vision_start_id=258, vision_end_id=259,
+                  image_id=260)
+    text.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+                             "<|image_pad|>"])
+    return PreTrainedTokenizerFast(tokenizer_object=text), cfg
+
+
+@pytest.mark.parametrize("vocabulary", ["bytes", "qwen"])
+def test_training_and_serving_give_the_same_ids(vocabulary):
+    text, cfg = bytes_tokenizer()
+    if vocabulary == "qwen":                                   # third-party, through $TOKENIZER_DIR
+        path, cfg = tokenizer_path("qwen2_5_vl") or tokenizer_path("qwen"), PRESETS["3b"]
+        if path is None:
+            pytest.skip("TOKENIZER_DIR holds no Qwen vocabulary")
+        text = PreTrainedTokenizerFast(tokenizer_file=str(path))
+    prompt = x0.serving_prompt("agilex", "Go", True)
     talk = [{"from": "human", "value": prompt}, {"from": "gpt", "value": None}]
-    ids, _ = encode_conversation(talk, None, [1, 1, 1], Words(text, None), PRESETS["3b"])
+    ids, _ = encode_conversation(talk, None, [1, 1, 1], Words(text, None), cfg)
+    assert ids.count(cfg.image_id) == 3
     assert ids == text(render_chat(prompt), add_special_tokens=False).input_ids

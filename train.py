@@ -165,7 +165,7 @@ def configure(module, args):
     for item in args.set:                                      # robovlms: an official JSON, then other values
         if item.startswith("config=") and hasattr(module, "read_official_config"):
             if args.preset != "tiny":
-                raise ValueError(f"--preset {args.preset} and --set {item}: each is a whole Config, give one.")
+                raise ValueError(f"--preset {args.preset} and --set {item}: give one of the two.")
             cfg, notes = module.read_official_config(item.partition("=")[2])
             if notes and common.rank_info()[0] == 0:
                 print(*notes, sep="\n", file=sys.stderr)

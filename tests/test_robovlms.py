@@ -913,7 +913,7 @@ def test_the_jsons_lora_is_train_pys(tmp_path):
     args, _, cfg, _ = train.parse(["--model", "robovlms", "--set", f"config={tmp_path / 'c.json'}",
                                    "history=8", "--lora", "2"])
     assert args.lora == 2 and cfg.history == 8                 # what is said besides goes first
-    with pytest.raises(ValueError, match="each is a whole Config"):
+    with pytest.raises(ValueError, match="give one of the two"):
         train.parse(["--model", "robovlms", "--preset", "kosmos_oxe", "--set", f"config={tmp_path / 'c.json'}"])
 
 

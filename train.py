@@ -2,6 +2,7 @@
 Train any method of this folder: one process on a CPU or many on GPUs, by the same flat loop.
 
     python train.py --model cogact                             # tiny, tabletop, CPU: train, evaluate, film
+    torchrun --standalone --nproc_per_node=2 train.py --model cogact       # the same on two cores, but sooner
     python train.py --model cogact --preset base --data my_file.py:make_dataset --init FOLDER --dry-run
     torchrun --standalone --nproc_per_node=8 train.py --model cogact --preset base --data ... --shard
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py ...
@@ -81,7 +82,7 @@ def flags():
 
     add = p.add_argument_group("optimization").add_argument
     add("--steps", type=within(1), help="optimizer steps (default: the preset's)")
-    add("--batch", type=within(1), help="samples per process and forward pass (default: the preset's)")
+    add("--batch", type=within(1), help="samples per process and pass (default: the preset's; CPUs share it)")
     add("--global-batch", type=within(1), help="samples per step; gradients are accumulated to reach it")
     add("--ema", type=within(0.0, 1.0), help="decay of averaged weights; 0: none (default: the preset's)")
     add("--seed", type=within(0), help="of first weights, order and draws (default: the preset's)")
@@ -743,7 +744,10 @@ def run(cleanup, args, module, cfg, found):
     dtype = torch.bfloat16 if bf16 else torch.float32
     precision = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
     attn = common.pick_attention(args.attn, device)
-    args.global_batch = args.global_batch or cfg.batch * world
+    share = device.type == "cpu" and not args.batch            # processes are cores: the recipe stays
+    args.global_batch = args.global_batch or cfg.batch * (1 if share else world)
+    if share:
+        cfg = dataclasses.replace(cfg, batch=max(1, min(cfg.batch, args.global_batch // world)))
     accumulation, rest = divmod(args.global_batch, cfg.batch * world)
     if rest or not accumulation:
         raise ValueError(f"--global-batch {args.global_batch} is no multiple of batch x processes = "
@@ -911,6 +915,8 @@ def run(cleanup, args, module, cfg, found):
         dist.destroy_process_group()
     if rank:
         return
+    if device.type == "cpu":                                   # the other processes' cores are free now
+        torch.set_num_threads(torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if step < cfg.steps:
         print(f"stopped by {stopped[0]} after step {step}, all is saved. To go on: python train.py --model "
               f"{args.model} --out {args.out} --resume")

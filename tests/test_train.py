@@ -312,6 +312,16 @@ def test_first_lines_say_what_runs(run):
         assert text in done.out, text
 
 
+def test_cpu_processes_share_the_presets_batch_and_resume_alone(run, tmp_path):
+    run("--out a --dry-run")                                   # writes the data
+    base = BASE.replace("--batch 8", "--out a") + " --steps 2 --set batch=8"
+    done = forks.shared()(f"{base} {SMALL}", cwd=tmp_path, world=2)
+    assert done.rc == 0 and "samples per step 8 = 4 x 2 processes x 1 accumulated" in done.out, done.err
+    again = "train.py --model cogact --out a --resume --steps 3 --set batch=8"
+    done = forks.shared()(f"{again} {SMALL}", cwd=tmp_path)
+    assert done.rc == 0 and "samples per step 8 = 8 x 1 processes x 1 accumulated" in done.out, done.err
+
+
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="needs tensorboard")
 def test_tensorboard_events_are_written(run, tmp_path):
     run("--out a --steps 1 --tensorboard")

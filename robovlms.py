@@ -58,14 +58,15 @@ CELLS = {"one_step": ("mlp", "lstm", "gpt", "diffusion", "discrete"),
 PARTS = ("nothing", "vision", "embeddings", "language", "resampler")           # what can be frozen
 SIGLIP = dict(vit_width=1152, vit_depth=27, vit_heads=16, vit_mlp=4304)
 SEVEN_B = dict(llm_width=4096, llm_depth=32, llm_heads=32, llm_kv_heads=32, llm_head_dim=128, llm_mlp=11008)
-BACKBONES = {                    # public sizes, where they differ from KosMos-2's (UForm's ViT: not known)
+BACKBONES = {   # public sizes (UForm's ViT: not known) and official training, where not as KosMos-2's
     "kosmos": {},
     "paligemma": dict(SIGLIP, llm_width=2048, llm_depth=18, llm_heads=8, llm_kv_heads=1, llm_head_dim=256,
                       llm_mlp=16384, vocab=257216, pad_id=0, tokenizer="google/paligemma-3b-pt-224"),
-    "llava": dict(SEVEN_B, image_size=336, vocab=32064, pad_id=32001, tokenizer="llava-hf/llava-1.5-7b-hf"),
+    "llava": dict(SEVEN_B, image_size=336, vocab=32064, pad_id=32001, freeze=("embeddings",),
+                  tokenizer="llava-hf/llava-1.5-7b-hf"),
     "qwen": dict(SEVEN_B, image_size=448, vit_width=1664, vit_depth=48, vit_mlp=8192, image_tokens=256,
                  vocab=151936, pad_id=151643, image_start_id=151857, image_end_id=151858, bos=False,
-                 eos=False, tokenizer="Qwen/Qwen-VL"),
+                 eos=False, freeze=("vision",), tokenizer="Qwen/Qwen-VL"),
     "moondream": dict(SIGLIP, image_size=378, llm_width=2048, llm_depth=24, llm_heads=32, llm_mlp=8192,
                       vocab=51200, pad_id=50256, resampler=True, tokenizer="vikhyatk/moondream2"),
     "uform": dict(llm_width=1024, llm_depth=24, llm_heads=16, llm_kv_heads=16, llm_mlp=2816, vocab=151936,
@@ -103,8 +104,7 @@ class Config:
     mu_law: int = 0                   # then sign(x) ln(1 + mu |x|) / ln(1 + mu); 0: off
     n_bin: int = 256                  # discrete: bins over [-1, 1] of each action dim
     action_base: int = 0              # discrete: ids go down from here; 0: see ActionTokens
-    prompt: str = "wrapper"           # the official evaluation's text | plain: the instruction alone |
-    #                                   openx: "Input: What K step actions ..."
+    prompt: str = "wrapper"           # wrapper: the official evaluation's text | openx: Open-X' | plain
     # vision: CLIP ViT-L/14
     vit_width: int = 1024
     vit_depth: int = 24
@@ -152,8 +152,7 @@ class Config:
     data: str = ""
     # training (official: CALVIN 5 epochs, Open-X 50,000 steps)
     gripper_weight: float = 0.01      # of the gripper's loss (arm_gripper_loss_ratio)
-    freeze: tuple = ("nothing",)      # nothing | vision | embeddings | language (all else of the VLM) |
-    #                                   resampler
+    freeze: tuple = ("nothing",)      # of PARTS; language: all of the VLM but vision and embeddings
     train_layers: int = 0             # of a frozen language model the last n blocks train
     lora: int = 0                     # rank of its adapters, as train.py --lora; 0: none
     lr: float = 2e-5
@@ -211,20 +210,19 @@ class Config:
 
     @property
     def reading(self):
-        """`read`, resolved."""
+        """`read`, with "auto" resolved."""
         return self.read if self.read != "auto" else "all" if self.backbone == "flamingo" else "query"
 
     @property
     def head_depth(self):
+        """Layers of the head: `depth`, or the official number."""
         return self.depth or {"lstm": 4, "gpt": 8, "diffusion": 12}.get(self.head, 0)
 
 
 PRESETS = {
-    "kosmos_calvin_abcd": Config(gripper="signed"),            # trained on CALVIN's A, B, C, D
-    "kosmos_calvin_abc": Config(gripper="signed"),             # ... on A, B, C; evaluated in D alike
-    "kosmos_oxe": Config(views=("third",)),                    # Open-X pre-training
-    "kosmos_bridge": Config(views=("third",)),                 # ... then post-training on the WidowX
-    "kosmos_fractal": Config(views=("third",)),                # ... then post-training on the Google robot
+    # CALVIN's A, B, C, D or A, B, C, evaluated in D; Open-X, then the WidowX' or the Google robot's data
+    **dict.fromkeys(("kosmos_calvin_abcd", "kosmos_calvin_abc"), Config(gripper="signed")),
+    **dict.fromkeys(("kosmos_oxe", "kosmos_bridge", "kosmos_fractal"), Config(views=("third",))),
     "paligemma_calvin": Config(backbone="paligemma", gripper="signed", **BACKBONES["paligemma"]),
     "tiny": Config(                                            # 1.4 M parameters, for two CPU cores
         views=("third",), image_size=96, patch_size=12, vit_width=96, vit_depth=4, vit_heads=3, vit_mlp=256,
@@ -233,7 +231,8 @@ PRESETS = {
         n_bin=64, action_base=509, tokenizer="tiny", prompt="plain", resampler_latents=16, width=128, depth=2,
         mlp_widths=(128, 64), history=4, horizon=8, norm_min=-1.0, norm_max=1.0, augment=False,
         gripper_weight=0.05, data="tabletop", lr=3e-4, head_lr=1.5e-3, lr_schedule="cosine", warmup=50,
-        grad_clip=1.0, batch=10, steps=3000),
+        grad_clip=1.0, batch=10, steps=3000,
+        init="assets/robovlms_tiny_trunk.safetensors"),
 }
 PREDICTS = "actions"              # of a sample; see the top of common.py
 
@@ -311,15 +310,19 @@ class ActionTokens:
 
     @classmethod
     def of(cls, cfg, tokenizer):
+        """Those of a config and its tokenizer."""
         return cls(tokenizer.vocab_size, tokenizer.special_tokens_map, cfg.n_bin, base=cfg.action_base)
 
     def encode(self, x):
+        """Numbers in [low, high] (beyond: clipped), any shape -> ids."""
         return self.base - self.bins.encode(x)
 
-    def decode(self, ids):                                     # what is no action becomes an extreme one
+    def decode(self, ids):
+        """Ids -> the centers of their bins; what is no action becomes an extreme one."""
         return self.bins.decode(self.base - np.asarray(ids))
 
-    def holds(self, ids):                                      # is it an action's id?
+    def holds(self, ids):
+        """Which ids are actions: bool, of the same shape."""
         return (ids > self.begin) & (ids < self.end)
 
 
@@ -367,6 +370,7 @@ def squash(x, regular=(0, 1), mu=0):
 
 
 def unsquash(y, regular=(0, 1), mu=0):
+    """The inverse of `squash`, with its last row too. Any shape."""
     y = np.sign(y) * ((1 + mu) ** np.abs(y) - 1) / mu if mu else y
     return y if tuple(regular) == (0, 1) else y * (regular[1] + 1e-6) + regular[0]
 
@@ -491,6 +495,7 @@ def normalize_pixels(images, mean, std):
 
 
 def feed_forward(dim):
+    """(..., dim) -> the same, OpenFlamingo's: no biases."""
     return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 4 * dim, bias=False), nn.GELU(),
                          nn.Linear(4 * dim, dim, bias=False))
 
@@ -555,11 +560,10 @@ HALF_PIXELS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
 class Backbone(nn.Module):
-    """What the model needs of a VLM; for those of transformers' vision_tower["vision_model"], language_model.
+    """What the model needs of a VLM, given a `vision_tower` and a `language_model` of transformers.
 
-    see(pixels): (N, 3, h, w) -> (N, P, D) picture tokens, in the units of word embeddings;
-    words(ids) -> embeddings; lm(rows, mask, cache): (B, N, D), (B, N) -> hidden states after the final norm,
-    causal; logits(hidden); layers(): blocks in order of use; parts(): the modules that cfg.freeze names.
+    An adapter makes these (the language model first: train.py --lora takes the first) and has see(pixels):
+    (N, 3, h, w) -> picture tokens (N, P, D), in the units of word embeddings.
     """
     pixels = CLIP_PIXELS
     tower = property(lambda self: self.vision_tower["vision_model"])
@@ -567,27 +571,35 @@ class Backbone(nn.Module):
     embedding = property(lambda self: self.language_model.get_input_embeddings())
 
     def patches(self, pixels):
+        """(N, 3, h, w) -> the tower's features of the patches (N, P, vit_width); CLIP's class token leads."""
         return self.tower(pixel_values=pixels).last_hidden_state
 
     def words(self, ids):
+        """(B, L) -> embeddings (B, L, D)."""
         return F.embedding(ids, self.embedding.weight)
 
     def lm(self, rows, mask=None, cache=None):
+        """Rows (B, N, D), mask (B, N) -> hidden states after the final norm (B, N, D), causal."""
         return self.decoder(inputs_embeds=rows, attention_mask=mask, past_key_values=cache,
                             use_cache=cache is not None).last_hidden_state
 
     def logits(self, hidden):
+        """(..., D) -> (..., vocab)."""
         head = getattr(self.language_model, "lm_head", None)   # taken away where it is tied to the embedding
         return F.linear(hidden, self.embedding.weight) if head is None else head(hidden)
 
     def layers(self):
-        return [*self.tower.encoder.layers, *self.decoder.layers]
+        """The blocks, in order of use."""
+        tower = self.tower.encoder
+        return [*(tower.layer if hasattr(tower, "layer") else tower.layers), *self.decoder.layers]
 
     def parts(self):
+        """The modules that cfg.freeze names."""
         return {"vision": self.vision_tower, "embeddings": self.embedding, "language": self}
 
 
 def llm_sizes(cfg, attn):
+    """What the configs of transformers' language models call the sizes."""
     return dict(vocab_size=cfg.vocab, hidden_size=cfg.llm_width, intermediate_size=cfg.llm_mlp,
                 num_hidden_layers=cfg.llm_depth, num_attention_heads=cfg.llm_heads,
                 num_key_value_heads=cfg.llm_kv_heads, max_position_embeddings=8192, pad_token_id=cfg.pad_id,
@@ -595,6 +607,7 @@ def llm_sizes(cfg, attn):
 
 
 def vit_sizes(cfg, attn, **also):
+    """... and those of its vision towers."""
     return dict(hidden_size=cfg.vit_width, intermediate_size=cfg.vit_mlp, num_hidden_layers=cfg.vit_depth,
                 num_attention_heads=cfg.vit_heads, image_size=cfg.image_size, patch_size=cfg.patch_size,
                 attn_implementation=hf_attention(attn)) | also
@@ -641,11 +654,11 @@ class PaliGemma(Backbone):
 
     def __init__(self, cfg, attn):
         super().__init__()
-        self.vision_tower = vit("SiglipVision", cfg, attn, vision_use_head=False)
-        self.multi_modal_projector = nn.ModuleDict({"linear": nn.Linear(cfg.vit_width, cfg.llm_width)})
         self.language_model = hf.GemmaForCausalLM(hf.GemmaConfig(
             **llm_sizes(cfg, attn), head_dim=cfg.llm_head_dim))
         del self.language_model.lm_head                        # tied
+        self.vision_tower = vit("SiglipVision", cfg, attn, vision_use_head=False)
+        self.multi_modal_projector = nn.ModuleDict({"linear": nn.Linear(cfg.vit_width, cfg.llm_width)})
 
     def see(self, pixels):
         x = self.multi_modal_projector["linear"](self.patches(pixels))                 # (N, P, D)
@@ -662,10 +675,10 @@ class Llava(Backbone):
 
     def __init__(self, cfg, attn):
         super().__init__()
+        self.language_model = hf.LlamaForCausalLM(hf.LlamaConfig(**llm_sizes(cfg, attn), rms_norm_eps=1e-5))
         self.vision_tower = vit("CLIPVision", cfg, attn, num_hidden_layers=cfg.vit_depth - 1)
         self.multi_modal_projector = nn.ModuleDict({"linear_1": nn.Linear(cfg.vit_width, cfg.llm_width),
                                                     "linear_2": nn.Linear(cfg.llm_width, cfg.llm_width)})
-        self.language_model = hf.LlamaForCausalLM(hf.LlamaConfig(**llm_sizes(cfg, attn), rms_norm_eps=1e-5))
 
     def see(self, pixels):
         x, project = self.patches(pixels)[:, 1:], self.multi_modal_projector           # (N, P, vit_width)
@@ -679,11 +692,18 @@ def grid(side, width):
     return torch.cat([one, one.transpose(0, 1)], 2).flatten(0, 1)
 
 
+def resample(places, side):
+    """A square table of positions (n, D) -> (side * side, D), bicubic."""
+    old = places.T.unflatten(1, (math.isqrt(len(places)), -1))[None].float()           # (1, D, side, side)
+    return F.interpolate(old, (side, side), mode="bicubic")[0].flatten(1).T
+
+
 class Qwen(Backbone):
     """Qwen-VL (v1): ViT -> attention pool -> Qwen-7B, as Qwen2. A picture is start | 256 tokens | end."""
 
     def __init__(self, cfg, attn):
         super().__init__()
+        self.language_model = hf.Qwen2ForCausalLM(hf.Qwen2Config(**llm_sizes(cfg, attn), rms_norm_eps=1e-6))
         self.ids, D = [cfg.image_start_id, cfg.image_end_id], cfg.llm_width
         side = math.isqrt(cfg.image_tokens)
         if side * side != cfg.image_tokens:
@@ -694,9 +714,9 @@ class Qwen(Backbone):
         self.kv_proj, self.proj = nn.Linear(cfg.vit_width, D, bias=False), nn.Linear(D, D, bias=False)
         self.pool = nn.MultiheadAttention(D, max(1, D // 128), batch_first=True)
         self.ln_q, self.ln_kv, self.ln_post = (nn.LayerNorm(D, eps=1e-6) for _ in range(3))
-        self.register_buffer("asked", grid(side, D), persistent=False)
-        self.register_buffer("places", grid(cfg.image_size // cfg.patch_size, D), persistent=False)
-        self.language_model = hf.Qwen2ForCausalLM(hf.Qwen2Config(**llm_sizes(cfg, attn), rms_norm_eps=1e-6))
+        self.register_buffer("asked", grid(side, D), persistent=False)     # the queries' places, the patches'
+        patches = cfg.image_size // cfg.patch_size
+        self.register_buffer("places", resample(self.asked, patches), persistent=False)
 
     def see(self, pixels):
         x = self.tower.encoder(inputs_embeds=self.ln_pre(self.tower.embeddings(pixels))).last_hidden_state
@@ -713,11 +733,11 @@ class MoonDream(Backbone):
 
     def __init__(self, cfg, attn):
         super().__init__()
+        self.language_model = hf.PhiForCausalLM(hf.PhiConfig(**llm_sizes(cfg, attn), rope_parameters={
+            "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}))
         self.vision_tower = vit("SiglipVision", cfg, attn, vision_use_head=False)
         self.projection = nn.Sequential(nn.Linear(cfg.vit_width, 4 * cfg.llm_width), nn.GELU("tanh"),
                                         nn.Linear(4 * cfg.llm_width, cfg.llm_width))
-        self.language_model = hf.PhiForCausalLM(hf.PhiConfig(**llm_sizes(cfg, attn), rope_parameters={
-            "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}))
 
     def see(self, pixels):
         return self.projection(self.patches(pixels))                                   # (N, P, D)
@@ -728,21 +748,18 @@ class UForm(Backbone):
 
     def __init__(self, cfg, attn):
         super().__init__()
+        self.language_model = hf.Qwen2ForCausalLM(hf.Qwen2Config(**llm_sizes(cfg, attn), rms_norm_eps=1e-6))
+        del self.language_model.lm_head                        # tied
         ratio = cfg.vit_mlp // cfg.vit_width
         self.vision_tower = vit("Dinov2", cfg, attn, mlp_ratio=ratio, use_mask_token=False)
         self.project = nn.Linear(cfg.vit_width, cfg.llm_width)
         self.image_latents = nn.Parameter(torch.randn(1, cfg.image_tokens, cfg.llm_width) * 0.02)
         self.image_pooler = nn.TransformerDecoderLayer(
             cfg.llm_width, cfg.llm_heads, 4 * cfg.llm_width, 0.0, F.silu, batch_first=True, norm_first=True)
-        self.language_model = hf.Qwen2ForCausalLM(hf.Qwen2Config(**llm_sizes(cfg, attn), rms_norm_eps=1e-6))
-        del self.language_model.lm_head                        # tied
 
     def see(self, pixels):
         x = self.project(self.patches(pixels))                                         # (N, 1 + P, D)
         return self.image_pooler(self.image_latents.expand(len(x), -1, -1), x)         # (N, latents, D)
-
-    def layers(self):
-        return [*self.tower.encoder.layer, *self.language_model.model.layers]
 
 
 class FlamingoBlock(nn.Module):
@@ -762,21 +779,19 @@ class Flamingo(Backbone):
 
     def __init__(self, cfg, attn):
         super().__init__()
-        self.vision_tower, self.image_id = vit("CLIPVision", cfg, attn), cfg.image_start_id
-        self.perceiver = PerceiverResampler(cfg.vit_width, cfg.resampler_depth, cfg.resampler_latents)
         if cfg.llm == "mpt":                                   # eager: its mask code knows nothing else
             self.model = hf.MptForCausalLM(hf.MptConfig(
                 d_model=cfg.llm_width, n_heads=cfg.llm_heads, n_layers=cfg.llm_depth, vocab_size=cfg.vocab,
                 max_seq_len=2048, initializer_range=cfg.llm_init, use_cache=False,
                 attn_implementation="eager"))
-            del self.model.lm_head                             # tied
-            blocks = self.model.transformer.blocks
         else:
             self.model = hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(
                 **llm_sizes(cfg, attn), use_parallel_residual=False, rope_parameters={
                     "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}))
-            delattr(self.model, "lm_head" if hasattr(self.model, "lm_head") else "embed_out")     # unused
-            blocks = self.model.gpt_neox.layers
+        delattr(self.model, "lm_head" if hasattr(self.model, "lm_head") else "embed_out")     # unused
+        self.vision_tower, self.image_id = vit("CLIPVision", cfg, attn), cfg.image_start_id
+        self.perceiver = PerceiverResampler(cfg.vit_width, cfg.resampler_depth, cfg.resampler_latents)
+        blocks = self.decoder.blocks if cfg.llm == "mpt" else self.decoder.layers
         for i, block in enumerate(blocks):
             cross = None if (i + 1) % cfg.cross_every else GatedCrossAttention(cfg.llm_width, cfg.vit_width)
             blocks[i] = FlamingoBlock(block, cross)
@@ -833,6 +848,9 @@ class Head(nn.Module):
                 n_embd=width, n_layer=cfg.head_depth, n_head=cfg.heads, n_positions=cfg.history,
                 vocab_size=1))
             del self.gpt.wte                                   # it reads features, not words
+            for name, p in self.gpt.named_parameters():        # drawn smaller by transformers, not upstream
+                if name.endswith("c_proj.weight"):
+                    nn.init.normal_(p, std=0.02)
         self.actions = trunk((width, *cfg.mlp_widths), cfg.horizon * (cfg.action_dim - 1))
         self.gripper = trunk((width, *cfg.mlp_widths), cfg.horizon)
         for module in self.modules() if cfg.head != "gpt" else ():
@@ -1010,29 +1028,31 @@ class Model(nn.Module):
         return self.see(pixels.unflatten(0, images.shape[:3]))
 
     def rows(self, tokens, ids, mask):
-        """Picture tokens (B, W, V, P, D), words (B, L) -> embedding rows (., N, D) and their mask (., N).
+        """Picture tokens (B, W, V, P, D), words, mask (B, L) -> embedding rows (., N, D), their mask (., N).
 
-            <s> | gripper (P) | static (P) | text ... | ACT x latent | </s>           one step
+            <s> | gripper (P) | static (P) | text ... | ACT x latent | </s>             one step
+             x0 | gripper (P) | static (P) | text ... | K A action words | </s>         ... of `discrete`
 
-        one_step, policy_head: a row per step, (B W, N). interleaved: the W steps in one row, (B, W N). video:
-        one step with W P tokens per camera, (B, N). Without <s> pictures come first, without </s> ACT last.
+        one_step, policy_head: a row per step, (B W, N). interleaved, discrete: all steps in a row, (B, W N).
+        video: one step with W P tokens per camera, (B, N). Without <s> pictures come first (discrete: never),
+        without </s> ACT last. Words may differ from step to step: (B, W, L).
         """
-        cfg, (B, W, V, P, D), L = self.cfg, tokens.shape, ids.shape[1]
+        cfg, (B, W, V, P, D), discrete = self.cfg, tokens.shape, self.cfg.head == "discrete"
         if cfg.formulation == "video":                         # all gripper frames, then all static ones
             tokens, W, P = tokens.transpose(1, 2).reshape(B, 1, V, W * P, D), 1, W * P
+        words, mask = (x.flatten(0, 1) if ids.ndim == 3 else x.repeat_interleave(W, 0)     # (B W, L, .)
+                       for x in (self.backbone.words(ids), mask.bool()))
         # FAITHFUL: static is inserted first, gripper then at the same place: so the gripper's tokens lead.
         # Test: test_robovlms.py::test_rows_hold_gripper_static_text_query_end
-        pictures = tokens.flip(2).reshape(B * W, V * P, D)
-        rows = insert(self.backbone.words(ids).repeat_interleave(W, 0), pictures, int(cfg.bos))
-        mask = mask.bool().repeat_interleave(W, 0)                                     # (B W, L)
-        mask = insert(mask, mask.new_ones(B * W, V * P), int(cfg.bos))
-        if cfg.reading == "query":
+        pictures, at = tokens.flip(2).reshape(B * W, V * P, D), 1 if discrete else int(cfg.bos)
+        rows, mask = insert(words, pictures, at), insert(mask, mask.new_ones(B * W, V * P), at)
+        if cfg.reading == "query" and not discrete:
             # FAITHFUL: before the last position of the padded batch, so after a shorter prompt's padding.
             # Test: test_robovlms.py::test_query_of_a_short_prompt_lies_after_its_padding
             at = rows.shape[1] - cfg.eos
             rows = insert(rows, self.action_token.to(rows.dtype).expand(B * W, cfg.latent, D), at)
             mask = insert(mask, mask.new_full((B * W, cfg.latent), not cfg.fill_zero), at)
-        if cfg.formulation == "interleaved":
+        if cfg.formulation == "interleaved" or discrete:
             rows, mask = rows.reshape(B, -1, D), mask.reshape(B, -1)
         return rows, mask.long()
 
@@ -1050,25 +1070,13 @@ class Model(nn.Module):
                       "vision": (int(bos), N - text - eos), "all": (0, N)}[cfg.reading]
         return hidden[:, :, start:end]
 
-    def spell(self, tokens, ids, mask):
-        """Discrete rows: ids and mask (B, W, L) with the actions in them -> (B, W N, D) and its mask.
-
-            x0 | gripper | static | rest of the prompt | K A action words | </s>      one of W steps in a row
-        """
-        B, W, V, P, D = tokens.shape
-        pictures = tokens.flip(2).reshape(B * W, V * P, D)
-        rows = insert(self.backbone.words(ids.flatten(0, 1)), pictures, 1)             # whatever cfg.bos says
-        mask = insert(mask.flatten(0, 1).long(), mask.new_ones(B * W, V * P).long(), 1)
-        return rows.reshape(B, -1, D), mask.reshape(B, -1)
-
     def forward(self, batch):
         """images (B, W, V, h, w, 3) uint8, ids and mask (B, L) -> features or words' logits."""
         with self.precision():
             tokens = self.look_at(batch["images"])
-            if self.cfg.head == "discrete":
-                rows, mask = self.spell(tokens, batch["ids"][:, None], batch["mask"][:, None])
-                return self.backbone.logits(self.backbone.lm(rows, mask))
-            return self.think(tokens, batch["ids"], batch["mask"])
+            if self.cfg.head != "discrete":
+                return self.think(tokens, batch["ids"], batch["mask"])
+            return self.backbone.logits(self.backbone.lm(*self.rows(tokens, batch["ids"], batch["mask"])))
 
     def loss(self, batch, noise=None, t=None):
         """-> (scalar, to log). batch: actions (B, W, K, A) normalized, loss_mask (B, W, K), or labels (B, L).
@@ -1090,7 +1098,7 @@ class Model(nn.Module):
 
     def decode(self, tokens, ids, count):
         """Greedy words after a prompt: tokens (B, 1, V, P, D), ids (B, L) without padding -> (B, count)."""
-        rows, _ = self.spell(tokens, ids[:, None], torch.ones_like(ids)[:, None])
+        rows, _ = self.rows(tokens, ids, torch.ones_like(ids))
         cache, words = hf.DynamicCache(), []
         for _ in range(count):
             hidden = self.backbone.lm(rows, None, cache)
@@ -1198,17 +1206,20 @@ def official_stats(*names):
                            "mask": [n != "calvin"] * 6 + [False]}} for n in names}
 
 
-def rotation(roll, pitch, yaw):
-    """Rz(yaw) Ry(pitch) Rx(roll), static xyz [rad] -> (3, 3)."""
-    (cx, sx), (cy, sy), (cz, sz) = ((math.cos(a), math.sin(a)) for a in (roll, pitch, yaw))
-    return np.array([[cz * cy, cz * sy * sx - sz * cx, cz * sy * cx + sz * sx],
-                     [sz * cy, sz * sy * sx + cz * cx, sz * sy * cx - cz * sx], [-sy, cy * sx, cy * cx]])
+def turns(angles):
+    """Angles (N, 3) [rad], a tensor -> Rx, Ry, Rz, (N, 3, 3) each: the turns about the three axes."""
+    (cx, cy, cz), (sx, sy, sz) = angles.cos().T, angles.sin().T
+    one, no = torch.ones_like(cx), torch.zeros_like(cx)
+    x, y, z = ((one, no, no, no, cx, -sx, no, sx, cx), (cy, no, sy, no, one, no, -sy, no, cy),
+               (cz, -sz, no, sz, cz, no, no, no, one))
+    return (torch.stack(m, -1).unflatten(-1, (3, 3)) for m in (x, y, z))
 
 
 def gripper_frame_step(action, pose):
     """CALVIN delta (7,) in the gripper's frame -> in the world, [1/50 m], [1/20 rad]. pose: xyz, rpy (6,)."""
-    old = rotation(*pose[3:6])
-    new = old @ rotation(*action[3:6])
+    x, y, z = turns(torch.from_numpy(np.stack([pose[3:6], action[3:6]])))
+    old, turn = (z @ y @ x).numpy()
+    new = old @ turn
     angles = np.arctan2(new[2, 1], new[2, 2]), -np.arcsin(new[2, 0]), np.arctan2(new[1, 0], new[0, 0])
     return np.concatenate([50 * (old @ action[:3]), 20 * (angles - pose[3:6]), action[6:]])
 
@@ -1219,11 +1230,7 @@ def gripper_frame(actions, poses, back=False):
     In the arrays' own precision: officially float32. Angles are Rx Ry Rz here, their deltas in 1/100 rad.
     """
     def matrix(angles):                                                                # (N, 3) -> (N, 3, 3)
-        (cx, cy, cz), (sx, sy, sz) = angles.cos().T, angles.sin().T
-        one, no = torch.ones_like(cx), torch.zeros_like(cx)
-        x, y, z = (torch.stack(m, -1).unflatten(-1, (3, 3)) for m in (
-            (one, no, no, no, cx, -sx, no, sx, cx), (cy, no, sy, no, one, no, -sy, no, cy),
-            (cz, -sz, no, sz, cz, no, no, no, one)))
+        x, y, z = turns(angles)
         return x @ y @ z
     a, angles = torch.from_numpy(actions), torch.from_numpy(poses[:, 3:6])
     R, turn = matrix(angles), 0.01 * a[:, 3:6]
@@ -1327,17 +1334,16 @@ class Policy:
 # ---- Checkpoints: ours and the official ones ---------------------------------------------------------------
 
 # never finished upstream; the official code has no other meaning of them either
-REFUSED = ("predict_forward", "predict_forward_hand", "predict_caption")
+REFUSED = ("predict_forward", "predict_forward_hand", "predict_caption", "bits")
 HEADS = {"FCDecoder": "mlp", "LSTMDecoder": "lstm", "GPTDecoder": "gpt", "DiscreteDecoder": "discrete"}
-# our field: the part of an official JSON (top level or act_head), the key. What is not here has no effect.
-KEYS = {"width": ("act_head", "hidden_size"), "depth": ("act_head", "num_layers"),
-        "resampler": ("", "use_vision_resampler"), "gripper_weight": ("", "arm_gripper_loss_ratio"),
-        "lr": ("", "learning_rate"), "batch": ("", "batch_size"), "warmup": ("", "warmup_steps"),
-        "history": ("", "window_size"), "horizon": ("", "fwd_pred_next_n"),
-        "grad_clip": ("", "gradient_clip_val"), "tcp_rel": ("", "tcp_rel"), "steps": ("trainer", "max_steps"),
-        "traj_cons": ("block", "traj_cons"), "action_dim": ("act_head", "action_dim"),
-        **{key: ("act_head", key) for key in ("latent", "fill_zero", "n_bin")},
-        **{key: ("", key) for key in ("seed", "weight_decay", "norm_min", "norm_max", "image_size")}}
+# our field: its name in an official JSON
+KEYS = {"width": "act_head.hidden_size", "depth": "act_head.num_layers", "action_dim": "act_head.action_dim",
+        "resampler": "use_vision_resampler", "gripper_weight": "arm_gripper_loss_ratio",
+        "lr": "learning_rate", "batch": "batch_size", "warmup": "warmup_steps", "history": "window_size",
+        "horizon": "fwd_pred_next_n", "grad_clip": "gradient_clip_val", "steps": "trainer.max_steps",
+        "traj_cons": "train_dataset.traj_cons",
+        **{key: f"act_head.{key}" for key in ("latent", "fill_zero", "n_bin")},
+        **{key: key for key in ("tcp_rel", "seed", "weight_decay", "norm_min", "norm_max", "image_size")}}
 
 
 def merge(base, new):
@@ -1347,91 +1353,103 @@ def merge(base, new):
     return base | {k: merge(base.get(k), v) for k, v in new.items()}
 
 
-def read_official_json(path):
-    """An official JSON as a dict, with what its parents say (theirs first)."""
-    path = Path(path)
-    about = read_json(path)
-    for _ in range(9):                                         # a parent of a parent ...
-        if parent := about.pop("parent", None):
-            found = [p for p in (Path(parent), path.parent / parent) if p.is_file()]
-            if not found:
-                raise ValueError(f"{path}: its parent {parent} is not there; put it beside.")
-            about = merge(read_json(found[0]), about)
-    if "parent" in about:
-        raise ValueError(f"{path}: more than 9 parents, or a circle of them; {about['parent']} comes again.")
-    return about
+def read_official_json(path, depth=0):
+    """An official JSON as a dict, with what its parents say (theirs first). depth: of parents, so far."""
+    path, about = Path(path), read_json(path)
+    parent = str(about.pop("parent", None) or "")
+    if not parent:
+        return about
+    found = [p for p in (Path(parent), path.parent / parent) if p.is_file()]
+    if not found or depth > 8:
+        raise ValueError(f"{path}: its parent {parent} is not there; put it beside." if not found else
+                         f"{path}: more than 9 parents, or a circle of them; {parent} comes again.")
+    return merge(read_official_json(found[0], depth + 1), about)
+
+
+class OfficialJSON:
+    """An official JSON with its parents. `asked`: the names that were read; the others have no effect."""
+
+    def __init__(self, path):
+        self.path, self.about, self.asked = path, read_official_json(path), set()
+        blocks = self.about.get("train_dataset")               # of several, the first says whose actions
+        blocks = blocks.get("datasets", blocks) if isinstance(blocks, dict) else blocks
+        self.about["train_dataset"] = (blocks or [None])[0] if isinstance(blocks, list) else blocks
+
+    def __call__(self, name, default=None):
+        """The value of "key" or "part.key"; absent or null: the default. Its type must be the default's."""
+        self.asked.add(name)
+        part, _, key = name.rpartition(".")
+        value = (self(part, {}) if part else self.about).get(key)
+        kind = (int, float) if isinstance(default, (int, float)) else type(default)
+        if None not in (value, default) and not isinstance(value, kind):
+            raise ValueError(f"{self.path}: {name}={value!r}: a value like {default!r} is wanted.")
+        return default if value is None else value
+
+    def notes(self):
+        """What it says in vain, or what runs otherwise."""
+        lora, alpha = self("train_setup.lora_r", 64), self("train_setup.lora_alpha")
+        notes = ['precision "16" (fp16 mixed) runs as bf16'] * (self.precision() == "16")
+        if self("train_setup.lora_enable", False) and alpha != 2 * lora:
+            notes.append(f"lora_alpha={alpha} is twice the rank here")
+        if self("trainer.accumulate_grad_batches", 1) != 1:
+            notes.append("accumulate_grad_batches: give train.py --global-batch")
+        names = [*self.about, *(f"{part}.{key}" for part in ("act_head", "train_setup", "trainer")
+                                for key in self(part, {}))]
+        return [f"{n}: no effect" for n in names if n not in {*self.asked, "val_dataset"}] + notes
+
+    def precision(self):
+        """The trainer's, else train_setup's: "32", "16", "bf16"."""
+        found = [self(f"{part}.precision") for part in ("trainer", "train_setup")]
+        return str(found[0] or found[1]).removesuffix("-mixed").removesuffix("-true")
 
 
 def read_official_config(path):
     """An official JSON -> (Config, notes: what of it has no effect, here or upstream, or another one)."""
-    about = read_official_json(path)
-    setup, act, trainer = (about.get(key) or {} for key in ("train_setup", "act_head", "trainer"))
-    bits = [f"bits={setup['bits']}"] if setup.get("bits", -1) in (4, 8) else []
-    for name in [key for key in REFUSED if setup.get(key)] + bits:
-        raise ValueError(f"{path}: {name} is set, which was never finished upstream. Switch it off.")
-    needed = {"act_head.type": act.get("type"), "window_size": about.get("window_size"),
-              "fwd_pred_next_n": about.get("fwd_pred_next_n"),
-              "robovlm_name": about.get("robovlm_name") or about.get("model")}
-    for name in [name for name, value in needed.items() if value is None]:
-        raise ValueError(f"{path}: {name} is missing; take the checkpoint's own JSON.")
-    name = re.sub("^robo", "", str(needed["robovlm_name"]).lower())
+    if not str(path).strip():
+        raise ValueError("config= names no file; config=FILE.json is wanted, an official JSON.")
+    ask = OfficialJSON(path)
+    for key in REFUSED:
+        value = ask(f"train_setup.{key}", False)
+        if value and value not in (-1, 16, 32):                # of bits: these are no quantization
+            raise ValueError(f"{path}: {key}={value} was never finished upstream. Switch it off.")
+    name, W, head = ask("robovlm_name", ask("model")), ask("window_size"), ask("act_head.type")
+    for key, value in (("act_head.type", head), ("window_size", W), ("robovlm_name", name),
+                       ("fwd_pred_next_n", ask("fwd_pred_next_n"))):
+        if value is None:
+            raise ValueError(f"{path}: {key} is missing; take the checkpoint's own JSON.")
+    name = re.sub("^robo", "", str(name).lower())
     choose(f"{path}: no backbone", name, tuple(BACKBONES))
-    choose(f"{path}: act_head.type: no head", act["type"], tuple(HEADS))
-    pooled = act.get("action_space") == "down_sample"
-    if pooled and act.get("down_sample") != "pooling":
-        raise ValueError(f"{path}: act_head.down_sample={act.get('down_sample')!r} for all tokens; only "
-                         "'pooling' makes a fixed number of them (upstream too).")
-    W, past = about["window_size"], act.get("history_type", "post")
-    formulation = "one_step" if W == 1 else {"pre": "interleaved", "video": "video"}.get(past, "policy_head")
-    frozen = {"vision": not setup.get("train_vision", True), "resampler": setup.get("freeze_resampler"),
-              "embeddings": not setup.get("train_text_embedding", True),
-              "language": setup.get("freeze_backbone") or setup.get("train_decoder_layers", -1) >= 0}
-    block = about.get("train_dataset") or {}
-    block = block[0] if isinstance(block, list) else block
-    calvin = "calvin" in str(block.get("type", "calvin")).lower()
+    choose(f"{path}: act_head.type: no head", head, tuple(HEADS))
+    pooled, how = ask("act_head.action_space") == "down_sample", ask("act_head.down_sample")
+    if pooled and how != "pooling":
+        raise ValueError(f"{path}: act_head.down_sample={how!r} for all tokens; only 'pooling' makes a fixed "
+                         "number of them (upstream too).")
+    past = {"pre": "interleaved", "video": "video"}.get(ask("act_head.history_type", "post"), "policy_head")
+    whole, last = ask("train_setup.freeze_backbone", False), ask("train_setup.train_decoder_layers", -1)
+    last = -1 if whole else last                               # of a frozen whole, no layer trains (upstream)
+    gates = name == "flamingo" and not ask("train_setup.train_full_decoder", False)     # all else is frozen
+    frozen = {"vision": not ask("train_setup.train_vision"), "language": whole or gates or last >= 0,
+              "embeddings": not ask("train_setup.train_text_embedding"),
+              "resampler": ask("train_setup.freeze_resampler")}
+    calvin = "calvin" in str(ask("train_dataset.type", "calvin")).lower()
+    rank, mu, law = ask("train_setup.lora_r", 64), ask("mu_val", 255), (ask("x_mean", 0.0), ask("x_std", 1.0))
     values = dict(
-        BACKBONES[name], backbone=name, head=HEADS[act["type"]], formulation=formulation,
-        read=act.get("token_source", "all") if pooled else "auto",
-        gripper="signed" if calvin else "unit", augment=calvin, data=str(path) if block else "",
-        views=("third", "wrist") if about.get("use_hand_rgb") else ("third",),
-        freeze=tuple(part for part in PARTS if frozen.get(part)) or ("nothing",),
-        train_layers=max(0, setup.get("train_decoder_layers", -1)),
-        lora=setup.get("lora_r", 64) if setup.get("lora_enable") else 0,
-        shift=tuple(max(0, block.get(key, pad)) for key, pad in (("rgb_pad", 10), ("gripper_pad", 4))),
-        lr_schedule="cosine" if "cosine" in str(about.get("scheduler")) else "constant")
-    found = {ours: {"": about, "act_head": act, "trainer": trainer, "block": block}[part].get(key)
-             for ours, (part, key) in KEYS.items()}
-    values |= {ours: value for ours, value in found.items()
-               if value is not None and (ours, value) != ("steps", -1)}
-    values |= {} if about.get("norm_action", True) else {"norm_min": -1.0, "norm_max": 1.0}
-    values |= {"mu_law": about.get("mu_val", 255)} if about.get("use_mu_law") else {}
-    if about.get("regular_action"):
-        values["regular"] = (float(about.get("x_mean", 0)), float(about.get("x_std", 1)))
-    return configure(Config(), **values), notes_on(about)
-
-
-# what else of an official JSON is read, part by part
-READ = {"": "robovlm_name model act_head train_setup trainer use_hand_rgb norm_action train_dataset "
-            "val_dataset use_mu_law mu_val regular_action x_mean x_std scheduler",
-        "act_head": "type action_space history_type token_source down_sample",
-        "train_setup": "precision bits train_vision freeze_backbone freeze_resampler train_text_embedding "
-                       "train_decoder_layers lora_enable lora_r lora_alpha",
-        "trainer": "precision accumulate_grad_batches"}
-
-
-def notes_on(about):
-    """What an official JSON says in vain, or what runs otherwise."""
-    parts = {part: (about.get(part) or {}) if part else about for part in READ}
-    notes = [f"{part}{'.' * bool(part)}{key}: no effect" for part, values in parts.items() for key in values
-             if key not in {*READ[part].split(), *REFUSED, *(k for p, k in KEYS.values() if p == part)}]
-    setup, trainer = parts["train_setup"], parts["trainer"]
-    if str(trainer.get("precision", setup.get("precision"))).startswith("16"):
-        notes.append('precision "16" (fp16 mixed) runs as bf16')
-    if setup.get("lora_enable") and setup.get("lora_alpha") != 2 * setup.get("lora_r", 64):
-        notes.append(f"lora_alpha={setup.get('lora_alpha')} is twice the rank here")
-    if trainer.get("accumulate_grad_batches", 1) != 1:
-        notes.append("accumulate_grad_batches: give train.py --global-batch")
-    return notes
+        BACKBONES[name], backbone=name, head=HEADS[head], formulation="one_step" if W == 1 else past,
+        read=ask("act_head.token_source", "all") if pooled else "auto",
+        gripper="signed" if calvin else "unit", augment=calvin,
+        data=str(path) if ask("train_dataset") else "",
+        views=("third", "wrist") if ask("use_hand_rgb") else ("third",),
+        freeze=tuple(part for part in PARTS if frozen.get(part)) or ("nothing",), train_layers=max(0, last),
+        compute={"32": "fp32", "bf16": "bf16"}.get(ask.precision(), "auto"),
+        lora=rank if ask("train_setup.lora_enable", False) else 0,
+        mu_law=mu if ask("use_mu_law") else 0, regular=law if ask("regular_action") else (0.0, 1.0),
+        shift=(max(0, ask("train_dataset.rgb_pad", 10)), max(0, ask("train_dataset.gripper_pad", 4))),
+        lr_schedule="cosine" if "cosine" in str(ask("scheduler")) else "constant")
+    for ours, theirs in KEYS.items():
+        if ask(theirs) is not None and (ours, ask(theirs)) != ("steps", -1):
+            values[ours] = ask(theirs)
+    values |= {} if ask("norm_action", True) else {"norm_min": -1.0, "norm_max": 1.0}
+    return configure(Config(), **values), ask.notes()
 
 
 def rename_official(state):
@@ -1501,9 +1519,8 @@ def rename_public(state, cfg, own):
         elif name:
             out["backbone." + name.removesuffix("^T")] = t.T if name.endswith("^T") else t
     if cfg.backbone == "qwen":                                 # no bias of patches; its places are 16 x 16
-        place, side = f"backbone.{EMBED}position_embedding.weight", cfg.image_size // cfg.patch_size
-        old = out[place].T.unflatten(1, (math.isqrt(len(out[place])), -1))[None].float()   # (1, D, 16, 16)
-        out[place] = F.interpolate(old, (side, side), mode="bicubic")[0].flatten(1).T
+        place = f"backbone.{EMBED}position_embedding.weight"
+        out[place] = resample(out[place], cfg.image_size // cfg.patch_size)
         out[f"backbone.{EMBED}patch_embedding.bias"] = torch.zeros_like(out[place][0])
     return {name: t.reshape(own[name].shape) if name in own and t.numel() == own[name].numel() else t
             for name, t in out.items()}

@@ -8,6 +8,7 @@ import pytest
 import data
 import robovlms
 import test_robovlms
+import train
 from forks import shared
 from test_robovlms import OFFICIAL, action_tokens, openx_chunks, stand_in_ids
 
@@ -227,14 +228,26 @@ def test_train_runs_an_official_json(tmp_path):
 
 
 @pytest.mark.parametrize("change, complaint", [
-    ({"train_setup": {"predict_forward": True}}, "predict_forward is set"),
+    ({"train_setup": {"predict_forward": True}}, "predict_forward=True"),
     ({"train_setup": {"bits": 4}}, "bits=4"),
-    ({"train_setup": {"predict_caption": True}}, "predict_caption is set"),
+    ({"train_setup": {"predict_caption": True}}, "predict_caption=True"),
     ({"window_size": None}, "window_size is missing"),
     ({"act_head": {}}, "act_head.type is missing"), ({"fwd_pred_next_n": None}, "fwd_pred_next_n is missing"),
     ({"robovlm_name": None, "model": None}, "robovlm_name is missing"),
-    ({"robovlm_name": "RoboX"}, "no backbone 'x'")])
-def test_a_wrong_json_is_one_line_and_exit_code_2(change, complaint, tmp_path):
+    ({"robovlm_name": "RoboX"}, "no backbone 'x'"),
+    ({"act_head": "LSTMDecoder"}, "act_head='LSTMDecoder': a value like {} is wanted"),
+    ({"train_dataset": "calvin"}, "train_dataset='calvin': a value"), ({"trainer": [1]}, "trainer="),
+    ({"train_setup": {"train_decoder_layers": "2"}}, "train_decoder_layers='2'"), ({"parent": 3}, "parent 3"),
+    ({"train_dataset": {"rgb_pad": "x"}}, "rgb_pad='x'"), ({"window_size": "16"}, "history='16'")])
+def test_a_wrong_json_is_one_line(change, complaint, tmp_path):
     (tmp_path / "c.json").write_text(json.dumps({**OFFICIAL, **change}))
-    done = shared()("train.py --model robovlms --set config=c.json", cwd=tmp_path)
-    assert done.rc == 2 and complaint in done.err and len(done.err.strip().splitlines()) == 1
+    with pytest.raises(ValueError, match=complaint) as caught:
+        train.parse(["--model", "robovlms", "--set", f"config={tmp_path / 'c.json'}"])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_json_is_exit_code_2(tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps({**OFFICIAL, "window_size": None}))
+    for name, complaint in (("c.json", "window_size is missing"), ("", "config= names no file")):
+        done = shared()("train.py --model robovlms --set", f"config={name}", cwd=tmp_path)
+        assert done.rc == 2 and complaint in done.err and len(done.err.strip().splitlines()) == 1

@@ -4,6 +4,7 @@
 data readers are in test_data_robovlms.py; what holds for every method, in test_methods.py.
 """
 import fnmatch
+import functools
 import importlib.util
 import json
 import re
@@ -48,17 +49,27 @@ def replays(*kinds):
     return mark
 
 
-def fill(name, shape, seed=0):
-    spec = importlib.util.spec_from_file_location("fill", GOLDEN.folder / "fill.py")
+def module_of(path):
+    """A Python file as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.fill(name, tuple(shape), seed)
+    return module
+
+
+@functools.cache
+def fill(name, shape):
+    """The recordings' weights that are not stored; shared, so not to be written to."""
+    return module_of(GOLDEN.folder / "fill.py").fill(name, shape)
 
 
 def filled(rule):
     """The tensors of a manifest's weights rule: fill, add, multiply."""
-    return {n: (fill(rule["prefix"] + n, shape) + rule["add"].get(n, 0)) * rule["multiply"].get(n, 1)
+    return {n: (fill(rule["prefix"] + n, tuple(shape)) + rule["add"].get(n, 0)) * rule["multiply"].get(n, 1)
             for n, shape in rule["params"].items()}
+
+
+stored = functools.cache(load_file)
 
 
 def head_config(rule, **more):
@@ -72,7 +83,8 @@ def head_config(rule, **more):
 def recorded_head(rule, width):
     c = head_config(rule)
     c["formulation"] = "policy_head" if c["head"] in ("lstm", "gpt") else "interleaved"
-    head = Head(Config(**c, llm_width=width, llm_heads=2, vit_heads=2)).eval()
+    with robovlms.no_init_weights():
+        head = Head(Config(**c, llm_width=width, llm_heads=2, vit_heads=2)).eval()
     head.load_state_dict(filled(rule["weights"]))
     return head
 
@@ -375,18 +387,19 @@ def model_config(c):
 
 def recorded_model(case):
     c = case.config
-    model, own = Model(model_config(c)).eval(), {}
-    stored = load_file(case.path(c["backbone_weights"]["source"]))
-    state = {n: t for n, t in stored.items() if not n.endswith("lm_head.weight")}
+    with robovlms.no_init_weights():
+        model = Model(model_config(c)).eval()
+    weights = stored(case.path(c["backbone_weights"]["source"]))
+    state = {n: t for n, t in weights.items() if not n.endswith("lm_head.weight")}
     if "head" in c:
         state |= {f"act_head.{n}": t for n, t in filled(c["head"]["weights"]).items()}
     if "action_token" in c and c["action_token"] and c["action_space"] == "continuous":
         t = c["action_token"]
-        state["action_token"] = t["scale"] * fill(t["fill_name"], t["shape"])
+        state["action_token"] = t["scale"] * fill(t["fill_name"], tuple(t["shape"]))
     for n, p in model.named_parameters():
         if n.startswith("vision_resampler."):
             norm = n.endswith("weight") and p.ndim == 1
-            state[n] = fill(n, p.shape) + norm
+            state[n] = fill(n, tuple(p.shape)) + norm
     model.load_state_dict(state)
     return model
 
@@ -433,7 +446,7 @@ def compare_head(case, model, features):
 def replay_discrete(case, model, tokens):
     ids, mask = case["instr_and_action_ids"], case["instr_and_action_mask"]
     B, W, L = ids.shape
-    rows, row_mask = model.spell(tokens, ids, mask)
+    rows, row_mask = model.rows(tokens, ids, mask)
     case.compare("inputs_embeds", rows)
     case.compare("attention_mask", row_mask.byte())
     logits = model.backbone.logits(model.backbone.lm(rows, row_mask))
@@ -456,9 +469,11 @@ def replay_discrete(case, model, tokens):
 
 @replays(*("flamingo_" + n for n in ("mpt_post_lstm", "mpt_onestep_fc", "neox_post_lstm", "neox_onestep_fc")))
 def test_flamingo_matches(case):                                                       # sheet 12.26
-    c, model = case.config, Model(model_config(case.config)).eval()
-    v, stored = c["vision"], load_file(case.path(c["stored_weights"]["file"]))
-    state = {n.removeprefix("param."): t for n, t in stored.items() if n.startswith("param.")}
+    c = case.config
+    with robovlms.no_init_weights():
+        model = Model(model_config(c)).eval()
+    v, weights = c["vision"], stored(case.path(c["stored_weights"]["file"]))
+    state = {n.removeprefix("param."): t for n, t in weights.items() if n.startswith("param.")}
     linear = nn.Linear(*v["linear"])                           # in place of CLIP, as recorded
     linear.weight, linear.bias = (nn.Parameter(state.pop(name)) for name in v["names"])
 
@@ -540,9 +555,8 @@ class Fixed(nn.Module):
 def test_published_interleaved_evaluation_acts_on_the_oldest_frame(case):
     rows, newest = [], []
     for published, out in ((True, rows), (False, newest)):
-        cfg = replace(TINY, formulation="interleaved", head="mlp", history=3, horizon=4,
-                      published_step=published,
-                      gripper="signed", norm_min=-0.65, norm_max=0.65, execute=1)
+        cfg = cell("kosmos", "interleaved", "mlp", horizon=4, published_step=published, gripper="signed",
+                   norm_min=-0.65, norm_max=0.65)
         model = Model(cfg, stats=robovlms.official_stats("calvin")).eval()
         model.act_head, policy = Fixed(), Policy(model)
         for i in range(case.config["steps"]):
@@ -577,18 +591,17 @@ def test_simpler_policies_match(case):
 def test_names_of_released_checkpoints_match(case):
     """Names and shapes of the released checkpoints, on the meta device, strict."""
     preset = {"keys_kosmos2": "kosmos_calvin_abcd", "keys_paligemma": "paligemma_calvin"}[case.kind]
-    for kind, head in case.json()["heads"].items():
-        with torch.device("meta"):
-            model = Model(replace(PRESETS[preset], head=HEAD_NAMES[kind], read="query",
-                                  formulation="interleaved"))
-        want = {**case.json()["backbone_and_action_token"], **head}
-        fake = {n: torch.empty(shape, device="meta") for n, shape in want.items()}
-        got = robovlms.rename_official(fake)
-        assert {n: tuple(t.shape) for n, t in got.items()} == {n: tuple(t.shape) for n,
-                                                               t in model.state_dict().items()}
-        case.seen.add(kind)
+    recorded = case.json()
+    with torch.device("meta"):
+        model = Model(PRESETS[preset])
+        for kind, head in recorded["heads"].items():
+            model.act_head = Head(replace(model.cfg, head=HEAD_NAMES[kind], formulation="interleaved"))
+            shapes = recorded["backbone_and_action_token"] | head
+            got = robovlms.rename_official({n: torch.empty(shape) for n, shape in shapes.items()})
+            assert {n: t.shape for n, t in got.items()} == {n: t.shape for n, t in model.state_dict().items()}
+            case.seen.add(kind)
     count = sum(p.numel() for p in model.backbone.parameters())
-    case.compare("backbone_parameters", count, case.json()["backbone_parameters"])
+    case.compare("backbone_parameters", count, recorded["backbone_parameters"])
 
 
 # read by the tests above
@@ -626,8 +639,10 @@ def batch_of(cfg, samples):
 
 
 def cell(backbone="kosmos", formulation="policy_head", head="lstm", **more):
-    return replace(TINY, backbone=backbone, formulation=formulation, head=head,
-                   **{"history": 1 if formulation == "one_step" else 3, **more})
+    """A cell of the matrix: the tiny preset, smaller still."""
+    small = dict(image_size=48, image_tokens=16, vit_depth=2, llm_depth=2, resampler_depth=1,
+                 history=1 if formulation == "one_step" else 3)
+    return replace(TINY, backbone=backbone, formulation=formulation, head=head, **{**small, **more})
 
 
 @torch.no_grad()
@@ -663,6 +678,13 @@ def test_without_bos_and_eos_pictures_come_first_and_the_query_last():          
     model, _, tokens, rows, _ = row_of(cfg, ["push"])
     assert torch.equal(rows[0, :cfg.image_tokens], tokens[0, 0, 0]) and torch.equal(rows[0, -1],
                                                                                     model.action_token)
+
+
+def test_a_fresh_gpt_head_is_drawn_as_upstream():
+    """normal(0, 0.02) in all of GPT-2; transformers draws the projections into the residual smaller."""
+    head = Head(cell(head="gpt"))
+    for name, p in head.gpt.named_parameters():
+        assert p.ndim < 2 or 0.018 < p.std() < 0.022 or "wpe" in name, name
 
 
 def test_two_latents_are_equal_and_double_the_heads_width():                           # sheet 12.4
@@ -745,8 +767,8 @@ def test_shifts_differ_between_frames(monkeypatch):                             
     for v in ("images", "history_images"):
         s[v]["third"] = s["images"]["third"] if v == "images" else np.stack([s["images"]["third"]] * 2)
     monkeypatch.setattr(robovlms, "random_shift", lambda *a: (drawn.extend(a[2:]), shift(*a))[1])
-    for key in range(200):
-        frames = robovlms.frames_of(s, cfg, True, 5 if key == 199 else key)
+    for key in (*range(40), 5):
+        frames = robovlms.frames_of(s, cfg, True, key)
     assert min(drawn) == 1 and max(drawn) == 20                # never 0, upstream's slip
     assert not np.array_equal(frames[0], frames[1]) and np.array_equal(frames,
                                                                        robovlms.frames_of(s, cfg, True, 5))
@@ -769,7 +791,7 @@ SESSIONS = [cell(), cell(head="gpt"), cell("flamingo"), cell("qwen", "interleave
             cell("kosmos", "interleaved", "diffusion", num_train_steps=3),
             cell("kosmos", "video", "mlp"), cell("kosmos", "one_step", "mlp"),
             cell("kosmos", "one_step", "discrete", horizon=1),
-            cell("paligemma"), cell("moondream", resampler=True, resampler_depth=1)]
+            cell("paligemma"), cell("moondream", resampler=True)]
 
 
 @pytest.mark.parametrize("cfg", SESSIONS, ids=lambda c: f"{c.backbone}_{c.formulation}_{c.head}")
@@ -833,7 +855,8 @@ OFFICIAL = {"robovlm_name": "RoboKosMos", "model": "kosmos", "window_size": 16, 
             "learning_rate": 2e-5,
             "arm_gripper_loss_ratio": 0.01, "image_size": 224, "some_future_key": 3,
             "trainer": {"precision": "16"},
-            "train_setup": {"train_vision": True, "freeze_backbone": False, "predict_forward": False},
+            "train_setup": {"train_vision": True, "train_text_embedding": True, "freeze_backbone": False,
+                            "predict_forward": False},
             "act_head": {"type": "LSTMDecoder", "hidden_size": 1024, "action_dim": 7, "down_sample": "none",
                          "latent": 1,
                          "fwd_pred_next_n": 1, "window_size": 1, "with_history": True,
@@ -866,7 +889,7 @@ def test_every_key_of_the_schema_is_read_or_reported(tmp_path):
     """The sheet's section 8.1: what acts, what is reported, in a JSON with everything in it."""
     setup = {"precision": "bf16", "predict_action": True, "predict_forward": False, "predict_caption": False,
              "bits": -1,
-             "train_vision": True, "freeze_backbone": True, "freeze_resampler": True,
+             "train_vision": True, "freeze_backbone": False, "freeze_resampler": True,
              "train_text_embedding": False,
              "train_decoder_layers": 2, "lora_enable": True, "lora_r": 8, "lora_alpha": 16,
              "gradient_checkpointing": False}
@@ -893,6 +916,22 @@ def test_every_key_of_the_schema_is_read_or_reported(tmp_path):
                 n_bin=1024, shift=(7, 0), traj_cons=False, history=16, horizon=10)
     assert {k: getattr(cfg, k) for k in want} == want
     told = " ".join(notes)
+    for precision, compute in (("16", "auto"), (32, "fp32"), ("bf16", "bf16"), (None, "bf16")):
+        about["trainer"]["precision"] = precision              # the trainer's goes before train_setup's
+        (tmp_path / "c.json").write_text(json.dumps(about))
+        cfg, notes = robovlms.read_official_config(tmp_path / "c.json")
+        assert cfg.compute == compute and any("fp16" in n for n in notes) == (precision == "16")
+    about["train_setup"] = {"freeze_backbone": True, "train_decoder_layers": 2}      # as upstream: nothing of
+    (tmp_path / "c.json").write_text(json.dumps(about))                              # the VLM trains then
+    cfg, _ = robovlms.read_official_config(tmp_path / "c.json")
+    assert (cfg.freeze, cfg.train_layers) == (("vision", "embeddings", "language"), 0)
+    flamingo = {**about, "robovlm_name": "RoboFlamingo", "use_vision_resampler": False, "train_dataset": {
+        "type": "ConcatDataset", "datasets": [{"type": "DiskCalvinDataset", "rgb_pad": 3}]},
+        "train_setup": OFFICIAL["train_setup"], "act_head": {
+            **OFFICIAL["act_head"], "action_space": "down_sample", "down_sample": "pooling"}}
+    (tmp_path / "c.json").write_text(json.dumps(flamingo))     # its gates, perceiver, words and head learn
+    cfg, _ = robovlms.read_official_config(tmp_path / "c.json")
+    assert (cfg.freeze, cfg.gripper, cfg.shift) == (("language",), "signed", (3, 4))
     for name in ("use_state", "vision_resampler", "vlm", "seq_len", "some_future_key",
                  "accumulate_grad_batches",
                  "act_head.with_history", "act_head.window_size", "train_setup.gradient_checkpointing"):
@@ -913,8 +952,12 @@ def test_the_jsons_lora_is_train_pys(tmp_path):
     args, _, cfg, _ = train.parse(["--model", "robovlms", "--set", f"config={tmp_path / 'c.json'}",
                                    "history=8", "--lora", "2"])
     assert args.lora == 2 and cfg.history == 8                 # what is said besides goes first
+    for empty in ("config=", "config= "):
+        with pytest.raises(ValueError, match="config= names no file; config=FILE.json is wanted"):
+            train.parse(["--model", "robovlms", "--set", empty])
     with pytest.raises(ValueError, match="give one of the two"):
-        train.parse(["--model", "robovlms", "--preset", "kosmos_oxe", "--set", f"config={tmp_path / 'c.json'}"])
+        train.parse(["--model", "robovlms", "--preset", "kosmos_oxe", "--set",
+                     f"config={tmp_path / 'c.json'}"])
 
 
 def test_actions_in_the_grippers_frame_are_turned_back_and_need_a_pose():
@@ -932,7 +975,7 @@ def test_actions_in_the_grippers_frame_are_turned_back_and_need_a_pose():
 
 
 def test_official_files_load_in_every_wrapping_and_a_missing_head_raises(tmp_path):    # sheet 12.24
-    cfg, small = cell(), asdict(TINY)
+    cfg = cell()
     model = Model(cfg, load_tokenizer(cfg), STATS).eval()
     state, path = model.state_dict(), tmp_path / "x.pt"
     want = model.act([look()])[0]
@@ -1043,6 +1086,17 @@ def test_public_names_of_a_fused_vlm_fit_strictly(backbone, names):
         robovlms.check_fit(own, robovlms.rename_public(dict(list(state.items())[1:]), cfg, own), "x")
 
 
+def test_qwens_places_of_patches_are_its_queries_interpolated():
+    """Qwen-VL has one sine table, of its 16 x 16 queries; for 32 x 32 patches it is enlarged (bicubic)."""
+    own = Model(replace(TINY, backbone="qwen", **NARROW)).backbone                     # 2 x 2 and 4 x 4
+    table, patches = own.asked.unflatten(0, (2, 2)), own.places.unflatten(0, (4, 4))
+    assert torch.equal(table[0, :, :16], table[1, :, :16])                             # half the channels: x,
+    assert torch.equal(table[:, 0, 16:], table[:, 1, 16:])                             # half: y
+    w = torch.tensor([[1.10546875, -0.10546875], [0.7734375, 0.2265625]])              # a = -0.75
+    w = torch.cat([w, w.flip(0, 1)])                                                   # (4, 2)
+    assert torch.allclose(patches, torch.einsum("yi,xj,ijd->yxd", w, w, table), atol=1e-6)
+
+
 @pytest.mark.parametrize("backbone", ["kosmos", "paligemma", "llava"])
 def test_full_size_backbones_fit_their_public_names_strictly(backbone):
     """On the meta device: transformers' own class names the weights; PaliGemma's older names, too."""
@@ -1109,16 +1163,15 @@ def test_frozen_parts_are_frozen_and_nothing_else():
         model = Model(cell(**more))
         return {part: any(p.requires_grad for p in module.parameters()) for part, module in {
             "vision": model.backbone.vision_model, "project": model.backbone.image_to_text_projection,
-            "words": model.backbone.embedding, "first": model.backbone.layers()[4],
-            "last": model.backbone.layers()[-1],
-            "head": model.act_head}.items()}
+            "words": model.backbone.embedding, "first": model.backbone.layers()[model.cfg.vit_depth],
+            "last": model.backbone.layers()[-1], "head": model.act_head}.items()}
     every = dict.fromkeys(("vision", "project", "words", "first", "last", "head"), True)
     assert trains() == every and trains(freeze=("vision",)) == {**every, "vision": False}
     rest = {"project": False, "first": False, "last": False}
     assert trains(freeze=("language",)) == {**every, **rest}
     assert trains(freeze=("language", "embeddings"), train_layers=1) == {**every, **rest, "words": False,
                                                                          "last": True}
-    model = Model(cell("moondream", resampler=True, resampler_depth=1, freeze=("resampler",)))
+    model = Model(cell("moondream", resampler=True, freeze=("resampler",)))
     assert not any(p.requires_grad for p in model.vision_resampler.parameters())
     assert model.action_token.requires_grad
 
@@ -1157,9 +1210,8 @@ DIAGONAL = [("kosmos", "policy_head", "lstm"), ("paligemma", "interleaved", "mlp
 
 def learns(cfg, folder, steps):
     """Builds, learns one batch, acts, saves, loads."""
-    cfg = replace(cfg, image_size=48, vit_depth=2, llm_depth=2, image_tokens=4, resampler_depth=1,
-                  resampler_latents=4)
-    cfg = replace(cfg, resampler=cfg.backbone == "moondream", horizon=2)
+    cfg = replace(cfg, image_tokens=4, resampler=cfg.backbone == "moondream", resampler_latents=4, horizon=2,
+                  num_train_steps=60)
     model, samples = Model(cfg, load_tokenizer(cfg), STATS), [sample(cfg, i) for i in range(2)]
     batch, optimizer = batch_of(cfg, samples), torch.optim.AdamW(model.param_groups(2e-3, 0.0))
     noise = torch.randn(2 * cfg.history, cfg.horizon, cfg.action_dim), torch.arange(2 * cfg.history) * 9
@@ -1179,11 +1231,14 @@ def learns(cfg, folder, steps):
     torch.manual_seed(0)
     again, _ = loaded.act(samples)
     assert chunks.shape == (2, 2, 7) and np.allclose(chunks, again, atol=1e-6)
+    return model
 
 
 @pytest.mark.parametrize("backbone, formulation, head", DIAGONAL)
 def test_cell_learns_acts_saves_loads(backbone, formulation, head, tmp_path):
-    learns(cell(backbone, formulation, head), tmp_path, 12)
+    model = learns(cell(backbone, formulation, head), tmp_path, 12)
+    first = next(m for m in model.modules() if isinstance(m, robovlms.hf.PreTrainedModel))
+    assert first is model.backbone.language_model              # which is where train.py --lora goes
 
 
 @pytest.mark.matrix
@@ -1207,15 +1262,8 @@ def test_every_item_of_the_checklist_has_its_test():
     assert {int(n) for mark in marks for n in re.findall(r"12\.(\d+)", mark)} == set(range(1, 31))
 
 
-def example(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_matrix_table_has_exactly_the_cells_that_exist():
-    matrix = example("robovlms_matrix")
+    matrix = module_of(ROOT / "examples" / "robovlms_matrix.py")
     found = [(b, f, h) for b in ADAPTERS for f, heads in CELLS.items() for h in heads if matrix.fits(b, f, h)]
     assert found == FITS and len(found) == 78
     assert all(matrix.fits("kosmos", *c) for c in matrix.COMPARED)
@@ -1224,14 +1272,14 @@ def test_the_matrix_table_has_exactly_the_cells_that_exist():
 def test_your_own_vlm_takes_30_lines_and_trains(tmp_path):
     """examples/own_vlm.py: interleaved and policy_head, learned, saved, loaded."""
     try:
-        own = example("own_vlm")
+        own = module_of(ROOT / "examples" / "own_vlm.py")
         text = (ROOT / "examples" / "own_vlm.py").read_text()
         text = text.partition("class SmolVLM")[2].partition("if __name__")[0]
         assert len([line for line in text.splitlines() if line.strip()]) <= 30
         learns(cell("smolvlm", "interleaved", "mlp"), tmp_path, 12)
         model = Model(cell("smolvlm", image_size=48), load_tokenizer(TINY), STATS)
-        assert model.look_at(torch.zeros(1, 1, 1, 48, 48, 3, dtype=torch.uint8)).shape == (1, 1, 1, 4,
-                                                                                           TINY.llm_width)
+        tokens = model.look_at(torch.zeros(1, 1, 1, 48, 48, 3, dtype=torch.uint8))
+        assert tokens.shape == (1, 1, 1, 4, TINY.llm_width)
         with torch.device("meta"):
             own.SmolVLM(Config(backbone="smolvlm", **robovlms.BACKBONES["smolvlm"]), "sdpa")
     finally:
@@ -1255,7 +1303,9 @@ def test_every_kosmos_cell_starts_from_the_trunk(cfg, tmp_path):
                                                                            backbone="qwen").init
 
 
-def test_demo_overfits(capsys):
+def test_demo_overfits(capsys, monkeypatch):
+    """(With the tiny preset as it is: test_methods.py.)"""
+    monkeypatch.setitem(PRESETS, "tiny", cell())
     robovlms.demo()
     lines = [float(line.split("loss")[1].split("|")[0]) for line in capsys.readouterr().out.splitlines()
              if "loss" in line]

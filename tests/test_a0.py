@@ -436,7 +436,8 @@ def test_training_and_inference_pad_alike():
 def test_crop_follows_the_current_frame_unless_faithful():
     """FAITHFUL (a switch): with the geometry of a 384 x 384 filler, the wrong part is cut and turned."""
     image, points = samples(1, (60, 80))[0]["images"]["third"], np.full((5, 2), 0.7)
-    draws = SimpleNamespace(random=lambda: 0.0, uniform=lambda low, high: 10.0,
+    asked, chance = [], [0.149]
+    draws = SimpleNamespace(random=lambda: chance[0], uniform=lambda *of: asked.append(of) or 10.0,
                             integers=lambda low, high: high - 1)
     for faithful, (h, w) in ((False, (60, 80)), (True, (24, 24))):
         frames, moved = a0.augment_frames([None, image], points, tiny(faithful_crop=faithful), draws)
@@ -444,6 +445,8 @@ def test_crop_follows_the_current_frame_unless_faithful():
                       [n - int(n * 0.85) // 2 for n in (w, h)])
         both, wanted = a0.rotate(*cut, 10.0)
         assert frames[0] is None and np.array_equal(frames[1], both[1]) and np.array_equal(moved, wanted)
+    chance[0] = 0.151
+    assert asked == [(-30, 30)] * 2 and a0.augment_frames([image], points, tiny(), draws)[0][0] is image
 
 
 def test_augmentation_is_keyed_and_only_in_training():
@@ -461,6 +464,39 @@ def test_augmentation_is_keyed_and_only_in_training():
         assert 60 < np.asarray(change(Image.new("RGB", (40, 30), (120, 120, 120)), rng)).mean() < 180
 
 
+def test_colours_change_as_torchvisions_colorjitter_does():
+    """Brightness 0.3, contrast 0.4, saturation 0.5, hue 0.03, each at its most, against its definition."""
+    for i, (before, after) in enumerate((
+            ([[100] * 3, [40] * 3], [[130] * 3, [52] * 3]), ([[100] * 3, [150] * 3], [[90] * 3, [160] * 3]),
+            ([[150, 100, 100]] * 2, [[167, 92, 92]] * 2), ([[255, 0, 0]] * 2, [[255, 42, 0]] * 2))):
+        draws = SimpleNamespace(permutation=lambda n, i=i: [i], uniform=lambda low, high: high)
+        got = np.asarray(a0.jitter(Image.fromarray(np.array([before], np.uint8)), draws), int)
+        assert np.abs(got - after).max() <= 2, i
+
+
+def test_presets_carry_the_official_recipe():
+    c, pre = PRESETS["1b"], PRESETS["pretrain"]
+    assert (c.lr, c.lr_schedule, c.warmup, c.betas, c.weight_decay, c.batch, c.steps) == \
+        (1e-4, "constant", 500, (0.9, 0.999), 1e-2, 100, 30_000)
+    assert (c.num_train_steps, c.sample_steps, c.image_size, c.patches) == (1000, 5, 384, 729)
+    assert (c.grad_clip, c.ema, c.norm, c.history, c.poa, c.max_text, c.pad_id) == \
+        (0, 0, "variance", 2, True, 1024, 151643)
+    assert (pre.horizon, pre.history, pre.steps) == (1, 1, 80_000)
+    assert replace(PRESETS["170m"], width=2048, depth=28) == c
+
+
+def test_maniskills_last_point_does_not_count_and_a_model_with_one_point_is_asked_for_it():
+    seen, one = samples(2), make(horizon=1, history=1, execute=1)
+    for form in ("maniskill", "hoi4d"):
+        rows = []
+        for i, s in enumerate(seen):
+            points = make().act([s], noise=torch.randn(1, 5, 2, generator=a0.keyed_generator(0, i)))[0][0]
+            rows.append(a0.metrics(points, s["waypoints"], (40, 30), drop_last=form == "maniskill"))
+        assert a0.official_test(make(), seen, form)[0]["mae"] == pytest.approx(np.mean(rows, 0)[1], rel=1e-5)
+    found, away = a0.official_test(one, seen, "maniskill")
+    assert away.shape == (2, 1) and found["mae"] == found["mae_first"]
+
+
 def test_hub_encoders_see_a_frame_and_a_text_once_and_texts_stay_on_disk(tmp_path):
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
     seen, calls = samples(), []
@@ -471,6 +507,8 @@ def test_hub_encoders_see_a_frame_and_a_text_once_and_texts_stay_on_disk(tmp_pat
     Qwen2ForCausalLM(qwen).save_pretrained(tmp_path / "q")
     how = dict(vision=str(tmp_path / "s"), text=str(tmp_path / "q"), text_cache=str(tmp_path / "texts"),
                compute="fp32")
+    half = make(**how | {"compute": "auto"})                   # the released ones: in bf16
+    assert half.encoder(None, SiglipVisionModel, half.cfg.vision).dtype == torch.bfloat16
     model, eager = make(**how), Model(tiny(**how), load_tokenizer(tiny()), attn="eager")
     points, files = model.act(seen, noise=NOISE)[0], list((tmp_path / "texts").rglob("*.safetensors"))
     assert len(files) == 3 and load_file(files[0])["features"].shape[1] == 32
@@ -615,6 +653,49 @@ def test_points_above_the_horizon_and_missing_matrices_are_named():
         Policy(make(), manner="fly")
 
 
+@pytest.mark.parametrize("instruction, manner", [
+    ("Push, please, the cube", "slide"), ("pick up the bowl and place it on the plate", "place"),
+    ("take the mug, then put it in the box", "place"), ("grab the mug, put it down", "place"),
+    ("pick up the set of cups", "lift"), ("slide the cube and lift it", "slide"), ("put the red cube down",
+                                                                                   "place")])
+def test_first_verb_says_how_but_pick_and_place_places(instruction, manner):
+    assert a0.manner_of(instruction) == manner
+    assert all(a0.manner_of(phrase.format(x="red cube", y="box", on="in", side="left")) == want
+               for family, want in (("pick", "lift"), ("put", "place"), ("push", "slide"), ("stack", "place"),
+                                    ("side", "place")) for phrase in eval_sim.PHRASES[family])
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"depth": {}}, "depth of camera 'third': .*nothing"), ({"depth": np.ones((96, 96))}, r"no dict \{view"),
+    ({"depth": {"third": np.ones((96, 96, 1))}}, r"found shape \(96, 96, 1\)"),
+    ({"depth": {"wrist": np.ones((96, 96))}}, "intrinsics of camera 'wrist'"),
+    ({"intrinsics": {"third": np.zeros((3, 3))}}, "invertible are expected"),
+    ({"intrinsics": {"third": np.eye(4)}}, r"intrinsics .*\(3, 3\)"),
+    ({"extrinsics": {"third": np.full((4, 4), np.nan)}}, "extrinsics .*invertible .*nan"),
+    ({"extrinsics": None}, "extrinsics"), ({"state": np.zeros(3)}, r"state: numbers \(8,\)"),
+    ({"state": np.full(8, np.nan)}, "state: .*nan"), ({"instruction": None}, "say in words"),
+    ({"images": {}}, "images: a dict"), ({"chunk": np.zeros((4, 2))}, r"chunk: points \(5, 2\)")])
+def test_what_the_robot_says_wrongly_is_one_clear_line(change, words):
+    seen, _ = eval_sim.Tabletop(("pick",), "val", ("third",), 96).reset(eval_sim.seeds("val", 1)[0])
+    chunk = (seen | change).get("chunk", np.full((5, 2), 0.5))
+    with pytest.raises(ValueError, match=words) as caught:
+        Policy(make()).step(seen | change, chunk)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("chunk, grasps, words", [
+    (np.full((5, 2), np.nan), None, "finite numbers"), (None, [], "at least one"),
+    (None, [0.1, 0, 0.02, 0], "rows x y z"),
+    (None, np.ones((2, 3)), "rows x y z yaw"), (None, np.full((1, 4), np.nan), "finite numbers")])
+def test_points_and_grasps_that_are_no_numbers_hold_the_pose_and_say_so(chunk, grasps, words):
+    """NaN points went to the first thing in the picture."""
+    seen, _ = eval_sim.Tabletop(("pick",), "val", ("third",), 96).reset(seed := eval_sim.seeds("val", 1)[0])
+    if chunk is None:
+        chunk = eval_sim.record_episode(seed, ("pick",), "val", (), 96, clean=True)["waypoints"][0]
+    policy = Policy(make(), grasps=grasps is not None and (lambda observation: grasps))
+    assert not policy.step(seen, chunk)[:6].any() and words in policy.problem and policy.needs_chunk
+
+
 def official(folder, model, about=None, name="pytorch_model.bin"):
     state = {n: p.bfloat16() for n, p in model.state_dict().items()
              if n.split(".")[0] not in ("siglip", "qwen")}
@@ -647,8 +728,12 @@ def test_missing_or_extra_key_is_one_clear_line_c24(tmp_path):
                            "another kind, e.g. state_adaptor.0.bias"),
                           ({"model.img_cond_pos_embed": torch.ones(1, 9, 32)},
                            "for 9 patches, a frame has 4"),
+                          ({7: torch.ones(1)}, "unknown, e.g. 7"),
+                          ({"model.img_cond_pos_embed": torch.ones(9)}, "for 0 patches, a frame has 4"),
+                          ({"plan": [1]}, r"noise_scheduler in its config.json is \[1\]"),
                           ({"plan": {"prediction_type": "epsilon"}}, "another noise schedule")):
-        file = official(tmp_path, make(), {"noise_scheduler": change.pop("plan", None)}) / "pytorch_model.bin"
+        about = {"noise_scheduler": change.pop("plan", None), "config": "no object"}
+        file = official(tmp_path, make(), about) / "pytorch_model.bin"
         state = torch.load(file, weights_only=True) | change
         torch.save({n: x for n, x in state.items() if x is not None}, file)
         with pytest.raises(ValueError, match=words) as caught:
@@ -728,15 +813,27 @@ def test_tabletop_test_shows_scenes_that_no_training_saw(tmp_path, monkeypatch, 
     assert len(scenes) == 3
     assert not {*seeds} & {*eval_sim.seeds("train", 5000)} | {*eval_sim.seeds("val", 500)} & {*seeds}
     for scene, seed in zip(scenes, seeds):
-        episode = eval_sim.record_episode(seed, ("pick", "put"), "eval", ("third",), 24)
+        episode = eval_sim.record_episode(seed, ("pick", "put"), "eval", ("third",), 24, clean=True)
         assert scene["class"] == episode["family"] and scene["instruction"] == episode["instruction"]
         assert np.array_equal(scene["images"]["third"], episode["images"]["third"][0])
         assert np.array_equal(scene["history_images"]["third"][0], scene["images"]["third"])  # as Policy does
         assert np.array_equal(scene["waypoints"], episode["waypoints"][0])
+    with pytest.raises(ValueError, match="is of tabletop, or"):
+        a0.tabletop_test(model, "maniskill=D")
     found, away = a0.official_test(model, scenes, "tabletop")
     assert found["samples"] == 3 and away.shape == (3, 5) and (away > 0).all()
     a0.show_errors(np.zeros((2, 1)), tmp_path / "e.png")       # of a model with one point: it has no path
     assert "path" not in capsys.readouterr().out and (tmp_path / "e.png").is_file()
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--image nope.png --instruction a", "nope.png"), ("--test tabletop --plot nope/e.png", "NAME.png"),
+    ("--test tabletop --plot e.xyz", "NAME.png")])
+def test_wrong_files_are_named_before_a_model_is_loaded(flags, words, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["a0.py", *flags.split(), "--ckpt", "no/where/at/all"])
+    with pytest.raises((ValueError, OSError), match=words):
+        a0.main()
 
 
 @pytest.mark.parametrize("flags", [
@@ -779,7 +876,11 @@ def test_keys_values_and_features_are_computed_once():
      r"found \{'third': \(1, 9, 9, 3\)\}"),
     (lambda: observe(history_images={"third": np.zeros((1, 30, 40, 3))}), "history_images: .*uint8"),
     (lambda: observe(instruction="xyzzy " * 40), "max_text=64"),
-    (lambda: make().act([]), "at least one observation"),
+    *((lambda x=x: make().act(x), "at least one observation, in a list") for x in (
+        [], None, samples(1)[0], "x", [None])),
+    *((lambda x=x: observe(history_images=x), "history_images: a dict") for x in (
+        [samples(1)[0]["images"]["third"]], samples(1)[0]["images"]["third"][None])),
+    (lambda: Policy(make(), execute=2.5), "execute=2.5"),
     (lambda: make().act(samples(1), noise=NOISE), "noise of shape"),
     (lambda: Policy(make(), execute=6), "execute=6"),
     (lambda: make().loss({"ids": 0}), "waypoints: 5 points"),

@@ -4,6 +4,7 @@ Data: one sample format for every dataset and method, the tabletop dataset, and 
    simulator's expert -> shards in the cache -> dataset[i] -> sample -> method.prepare, .collate -> batch
    my_file.py:make_dataset -------------------> dataset[i] --^
    LIBERO's HDF5 -> manifest.jsonl, pictures -> dataset[i] --^
+   LeRobot's or LIBERO's folder, as it is ----> dataset[i] --^
 
 THE SAMPLE: a dict, one per (episode, frame), of numpy arrays and strings; nothing normalized or resized.
 
@@ -15,6 +16,7 @@ THE SAMPLE: a dict, one per (episode, frame), of numpy arrays and strings; nothi
    dataset         str                          whose statistics normalize the actions (the unnorm_key)
  optional, for the methods that learn from them:
    subtask         str                          what is being done now ("reach for the red cube")
+   done            bool                         True: all is done, and subtask may be "" (told two goals)
    waypoints       (5, 2) float32               (x, y) right and down, [0, 1] of the image: contact, path; a
                                                 sample without actions for a0 needs no state, loss_mask
    embodiment      str                          which robot and control convention
@@ -27,7 +29,7 @@ THE SAMPLE: a dict, one per (episode, frame), of numpy arrays and strings; nothi
 An observation (what a policy sees) is the same dict with only images, instruction and state. Normalizing,
 resizing and augmenting is the work of a method's `prepare`. In the tabletop set, actions are the expert's
 labels at 5 Hz: dx dy dz [m], droll dpitch dyaw [rad], gripper [0 closed .. 1 open]; beyond the end, no
-motion and the last gripper.
+motion and the last gripper. The body "dual" (--data tabletop@dual) has twice these numbers: right arm, left.
 
     python data.py --make                   # the default training set, into ~/.cache/plainvla
     python data.py ~/.cache/plainvla/NAME   # what a set holds, and whether it is whole
@@ -35,6 +37,8 @@ motion and the last gripper.
     python data.py hoi4d-frames --root DIR/HOI4D_release     # its videos -> frames, for two of A0's sets
     python data.py hoi4d-metadata --root DIR --definitions HOI4D-Instructions/definitions  # masks -> centres
     train.py --data maniskill=DIR+hoi4d=DIR: any of A0_FORMS in the unzipped A0-Dataset; a0=DIR: all five
+    train.py --data lerobot=DIR, or libero=DIR   # LeRobot v2.0 to v3.0, LIBERO's HDF5; options: see RECORDED
+    python data.py DIR                      # what such a folder holds, and what in it is damaged
     train.py --model robovlms --set config=FILE.json: CALVIN, or your episodes, as an official JSON says
 """
 import contextlib
@@ -42,8 +46,10 @@ import csv
 import hashlib
 import importlib.util
 import inspect
+import io
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -52,6 +58,7 @@ import sys
 import threading
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
+from fractions import Fraction
 from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path, PurePosixPath
@@ -102,7 +109,8 @@ def check_sample(sample, where="sample", horizon=None, action_dim=None, state_di
             raise ValueError(f"{where}: no view {view!r} in 'images', found {sorted(sample['images'])}. "
                              "Rename it there, or choose the model's views (--set views=...).")
     for key in ("instruction", "dataset", "subtask", "embodiment", "action_text", "class"):
-        if key in sample and not is_text(sample[key]):
+        over = key == "subtask" and sample.get("done") and sample.get(key) == ""
+        if key in sample and not is_text(sample[key]) and not over:
             raise ValueError(f"{where}: {key!r} must be a string that is not empty, found {sample[key]!r}.")
     if "state" in sample:
         _check_array(f"{where}: 'state'", sample["state"], np.float32, (state_dim or "S",))
@@ -134,25 +142,28 @@ def _check_array(what, x, dtype, shape):
 # ---- The tabletop dataset: made on first use --------------------------------------------------------------
 
 def tabletop(split="train", episodes=None, families=None, views=("third",), image_size=64, horizon=8,
-             history=1, cache=None, workers=None):
+             history=1, cache=None, workers=None, embodiment="gripper"):
     """The simulator's expert as a dataset (`Episodes`): generated on first use, with a bar, then only opened.
 
     families: task families (None: the default ones). views: cameras, image_size x image_size pixels each.
     history: frames that a sample shows, at most; the newest is `images`, the others `history_images`.
     cache: the folder that holds generated sets (None: $XDG_CACHE_HOME/plainvla, else ~/.cache/plainvla).
     workers: processes that generate (None: one per usable core; 0: this one); no byte depends on them.
+    embodiment: one of eval_sim.BODIES; the dataset's name is that of eval_sim.dataset_name.
     After an interruption, whole shards are kept. Raises ValueError for unknown names and for a torn shard.
     """
     families, views = tuple(families or eval_sim.DEFAULT_FAMILIES), tuple(views)
     episodes = EPISODES.get(split, 64) if episodes is None else episodes
-    eval_sim.Tabletop(families, split, views)              # an unknown name is an error here, not in a worker
+    choose("embodiment: the expert cannot drive", embodiment, eval_sim.BODIES)
+    eval_sim.Tabletop(families, split, views, embodiment=embodiment)    # an unknown name is an error here
     seeds = eval_sim.seeds(split, episodes)
     if min(episodes, horizon, image_size) < 1:
         raise ValueError(f"episodes={episodes}, horizon={horizon}, image_size={image_size}: at least 1 each.")
     made_from = {"split": split, "episodes": episodes, "families": families, "views": views,
                  "image_size": image_size, "simulator": eval_sim.VERSION}
+    made_from |= {"embodiment": embodiment} if embodiment != "gripper" else {}
     base = Path(cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "plainvla").expanduser()
-    folder = base / "-".join([NAME, split, "+".join(families), "+".join(views), f"{image_size}px",
+    folder = base / "-".join([_name(made_from), split, "+".join(families), "+".join(views), f"{image_size}px",
                               f"{episodes}ep", f"v{eval_sim.VERSION}"])
     if not _is_made(folder):
         try:
@@ -163,6 +174,10 @@ def tabletop(split="train", episodes=None, families=None, views=("third",), imag
             if not _is_made(folder):
                 _generate(folder, made_from, seeds, workers)
     return Episodes(folder, horizon, history)
+
+
+def _name(made_from):
+    return eval_sim.dataset_name(made_from.get("embodiment", "gripper"))
 
 
 def _is_made(folder):
@@ -191,11 +206,11 @@ def _generate(folder, made_from, seeds, workers):
     shards = {f"shard-{i // size:05d}.safetensors": seeds[i:i + size] for i in range(0, len(seeds), size)}
     missing = {file: part for file, part in shards.items() if not _is_whole(folder / file)}
     todo = [seed for part in missing.values() for seed in part]
-    settings = {key: made_from[key] for key in ("families", "split", "views", "image_size")}
+    settings = {key: x for key, x in made_from.items() if key not in ("episodes", "simulator")}
     recorded = _in_processes(partial(eval_sim.record_episode, **settings), todo, workers)
     print(f"generating {len(todo)} episodes in {workers} processes into {folder}", file=sys.stderr)
     with contextlib.closing(recorded), tqdm(total=len(seeds), initial=len(seeds) - len(todo), unit="episode",
-                                            desc=f"{NAME} {made_from['split']}") as bar:
+                                            desc=f"{_name(made_from)} {made_from['split']}") as bar:
         for file, part in missing.items():
             episodes = []
             for _ in part:
@@ -259,8 +274,9 @@ def _write_manifest(folder, files, made_from):
         statistics.add(actions, trajectories=len(shard.episodes))
         shards.append({"file": file, "bytes": shard.path.stat().st_size, "sha256": _sha256(shard.path),
                        "episodes": len(shard.episodes), "frames": len(actions)})
-    stats = statistics.result(mask=[True] * (actions.shape[1] - 1) + [False])            # not the gripper
-    write_json(folder / "manifest.json", {"made_from": made_from, "stats": {NAME: stats}, "shards": shards})
+    stats = statistics.result(mask=([True] * 6 + [False]) * (actions.shape[1] // 7))     # not the grippers
+    about = {"made_from": made_from, "stats": {_name(made_from): stats}, "shards": shards}
+    write_json(folder / "manifest.json", about)
 
 
 # ---- The tabletop dataset: read from memory maps ----------------------------------------------------------
@@ -306,11 +322,12 @@ def _sha256(path):
 def _manifest(folder):
     path = Path(folder) / "manifest.json"
     if not path.exists():
-        raise ValueError(f"{folder} has no manifest.json: it is no finished set of `python data.py --make`.")
+        raise ValueError(f"{folder} has no manifest.json: it is no finished set of `python data.py --make` "
+                         "(nor LeRobot's, with meta/info.json, nor LIBERO's, with *.hdf5).")
     try:
         manifest = read_json(path)
-        pick_stats(manifest["stats"], NAME)
         list(map(eval_sim.VIEWS.index, manifest["made_from"]["views"]))      # an unknown one is a ValueError
+        pick_stats(manifest["stats"], _name(manifest["made_from"]))
         like = {"file": "x", "bytes": 1, "sha256": "x"}
         for shard in manifest["shards"] or [{}]:
             check_config({name: shard[name] for name in like}, like)
@@ -322,7 +339,7 @@ def _manifest(folder):
 class Episodes(torch.utils.data.Dataset):
     """A generated folder as a dataset: [i] is a frame's sample, `sample(episode, frame)` the same by name.
 
-    stats: {"tabletop": {"action": {...}, ...}}. starts (E + 1,): the first index of each episode. episodes: a
+    stats: {name: {"action": {...}, ...}}. starts (E + 1,): the first index of each episode. episodes: a
     dict each: seed, family, instruction, frames, shard, start (its first frame in the shard).
     """
 
@@ -330,6 +347,7 @@ class Episodes(torch.utils.data.Dataset):
         self.folder, self.horizon, self.history = Path(folder), horizon, history
         manifest = _manifest(folder)
         self.stats, self.made_from = manifest["stats"], manifest["made_from"]
+        self.name, self.embodiment = _name(self.made_from), self.made_from.get("embodiment", "gripper")
         self.files, self.shards, self.episodes = [], {}, []
         for entry in manifest["shards"]:
             path, start = self.folder / entry["file"], 0
@@ -367,23 +385,31 @@ class Episodes(torch.utils.data.Dataset):
         counts = np.zeros(self.horizon, bool)          # what follows a bump answers to it, and nobody could
         counts[:n] = np.cumsum(bumped) - bumped == 0   # have foreseen it at this frame: it does not count
         actions = np.zeros((self.horizon, labels.shape[1]), np.float32)                  # (T, A)
-        actions[:n], actions[n:, -1] = labels, labels[-1, -1]      # the rest: no motion, the last gripper
-        views, subtask = self.made_from["views"], shard.read("subtask", i, i + 1)[0]
+        actions[:n], actions[n:, 6::7] = labels, labels[-1, 6::7]  # the rest: no motion, the last gripper
+        views, subtask = self.made_from["views"], shard.subtasks[shard.read("subtask", i, i + 1)[0]]
         past, first = {}, max(e["start"], i - self.history + 1)
         if self.history > 1:
             past = {"history_images": {view: shard.read(f"images.{view}", first, i) for view in views},
                     "history_actions": shard.read("actions", first, i)}                  # (n, .), n < history
         return {**past, "images": {view: shard.read(f"images.{view}", i, i + 1)[0] for view in views},
                 "instruction": e["instruction"], "state": shard.read("state", i, i + 1)[0],
-                "actions": actions, "loss_mask": counts, "dataset": NAME,
-                "subtask": shard.subtasks[subtask], "waypoints": shard.read("waypoints", i, i + 1)[0],
-                "embodiment": "gripper"}
+                "actions": actions, "loss_mask": counts, "dataset": self.name,
+                "subtask": subtask, "waypoints": shard.read("waypoints", i, i + 1)[0],
+                "embodiment": self.embodiment, **({} if subtask else {"done": True})}
 
     def recording(self, episode):
         """A whole episode: its facts, and images.<view>, state, actions, executed, ... as (frames, ...)."""
         e = self.episodes[episode]
         shard, end = self._shard(e["shard"]), e["start"] + e["frames"]
         return {**e, **{name: shard.read(name, e["start"], end) for name in shard.file.keys()}}
+
+
+class Bodies(torch.utils.data.ConcatDataset):
+    """Tabletop sets of several bodies, one after the other; stats: those of each, by its name."""
+
+    def __init__(self, sets):
+        super().__init__(sets)
+        self.stats = {name: stats for part in sets for name, stats in part.stats.items()}
 
 
 # ---- VLA-0's community form (Allenfree/VLA-0): built from LIBERO's HDF5 -----------------------------------
@@ -656,7 +682,7 @@ def a0_dataset(form, root, split="train", seed=0, first_frame=None, single_image
 
 
 @contextlib.contextmanager
-def _layout(path):
+def _layout(path, form="A0's sets"):
     """Whatever is wrong with a file is one ValueError that names it."""
     try:
         yield
@@ -665,7 +691,7 @@ def _layout(path):
             raise
         make = " HOI4D's frames come from data.py hoi4d-frames." * (path.parent.name == "align_rgb")
         reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
-        raise ValueError(f"{path} is not as in A0's sets: {reason}. Copy it again.{make}") from None
+        raise ValueError(f"{path} is not as in {form}: {reason}. Copy it again.{make}") from None
 
 
 class A0Set(torch.utils.data.Dataset):
@@ -1249,15 +1275,775 @@ def _episodes(path, name, split):
         return make(**({"split": split} if "split" in inspect.signature(make).parameters else {}))
 
 
+# ---- Recorded episodes: what LeRobot's and LIBERO's forms share --------------------------------------------
+# --data lerobot=DIR or libero=DIR, or DIR alone, or several: lerobot=DIR+libero=DIR2,rotate=0,name=mine
+#   third=, state=, action=       which column; else USUAL's names in order, then the cameras in the set's
+#   name=, embodiment=            the unnorm_key (else the folder's name); the samples' `embodiment`
+#   gripper=openvla               the last number g becomes 1 - clip(g, 0, 1): 1 = open, of LIBERO's -1 = open
+#   gripper=none                  no number is a gripper's. (Else the last is, if always in [-1, 1]: it is not
+#                                 normalized.)
+#   val=20                        every 20th episode validates (0: none)
+#   damaged=skip                  damaged episodes are left out; else they are an error
+#   rotate=0, noops=keep          LIBERO: pictures as stored; also the steps without a command
+
+USUAL = {"action": ("action", "actions"), "state": ("observation.state", "state"),
+         "third": ("image", "image_0", "agentview_rgb", "top", "front", "cam_high", "exterior_image_1_left"),
+         "wrist": ("wrist_image", "image2", "eye_in_hand_rgb", "wrist", "hand", "cam_right_wrist")}
+FRAMES = 64                    # files that a worker keeps open, each with its decoder
+TOLERANCE = 1e-4               # s; a frame that far from its time is another one (official: tolerance_s)
+
+
+class Opened:
+    """open(*what), for the last `most` of them not done anew.
+
+    A fork gets none of its parent's: they are neither read nor closed there, since no decoder survives that.
+    """
+
+    def __init__(self, open, most=FRAMES):
+        self.open, self.most, self.files = open, most, {}
+
+    def __getstate__(self):
+        return self.__dict__ | {"files": {}}
+
+    def __call__(self, *what):
+        mine = self.files.setdefault(os.getpid(), {})
+        file = mine.pop(what) if what in mine else self.open(*what)
+        while len(mine) >= self.most:
+            mine.pop(next(iter(mine)))
+        mine[what] = file                                      # the last in order
+        return file
+
+
+class Recorded(torch.utils.data.Dataset):
+    """Recorded episodes: [i] is the sample of frame i; stats: {name: {"action": {...}}} of these episodes.
+
+    horizon: actions from a frame on; beyond the episode's end, the last again, not counted (loss_mask).
+    history: frames shown, with those before. views: {view: camera} is chosen among the set's; (): all.
+    points: samples without actions, if there are waypoints (for a0). One pass over all rows makes a table and
+    the statistics, kept in the cache for as long as no file changes. damaged: [(episode, why), ...].
+
+    A subclass finds episodes, files, tasks, cameras (`find`); reads rows (`scan`: number, and columns or why
+    not) and pictures (`pictures`); `check` looks for damage that a pass over the rows does not see.
+    """
+    OPTIONS = {"action": "", "state": "", "name": "", "embodiment": "", "gripper": "", "val": "20",
+               "damaged": ""}
+
+    def __init__(self, root, split="train", horizon=8, history=1, views=(), cache=None, episodes=None,
+                 points=False, options={}):
+        self.root, self.horizon, self.history = Path(root).expanduser().resolve(), horizon, history
+        self.options = o = self.OPTIONS | options
+        for key in options:
+            choose(f"{self.root}: there is no option", key, [*self.OPTIONS, *views])
+        for key, known in (("gripper", ("", "openvla", "none")), ("damaged", ("", "skip"))):
+            choose(f"{self.root}: {key}: there is no", o[key], known)
+        if not o["val"].isdecimal():
+            raise ValueError(f"{self.root}: val={o['val']!r}: a number is wanted, 0 for none.")
+        self.name, self.views, val = o["name"] or self.root.name, dict.fromkeys(views), int(o["val"])
+        self.columns = []
+        self.find()
+        self.chosen = [i for i in range(len(self.episodes))
+                       if (val > 0 and i % val == val - 1) == (split == "val")][:episodes]
+        self.table, self.kept, self.damaged, self.stats = Opened(_open_table, 1), [], [], {}
+        if self.chosen:
+            self._index(cache)
+        self.at = np.cumsum([0] + [n for _, n in self.kept])
+        self.points = points and "waypoints" in self.columns
+
+    def choose_columns(self, columns, cameras):
+        """Find action, state and the views among the names there are: as asked for, else by USUAL."""
+        def find(what, known, usual):
+            if asked := self.options.get(what):
+                choose(f"{self.root}: {what}: there is no column", asked, known)
+            return asked or next((known[short.index(name)] for name in usual if name in short), None)
+        short = columns
+        self.action, self.state = (find(key, columns, USUAL[key]) for key in ("action", "state"))
+        if not self.action:
+            raise ValueError(f"{self.root}: no action ({', '.join(USUAL['action'])}) among {columns}. Name "
+                             "the column: --data ...=DIR,action=COLUMN.")
+        short = [re.sub(r"^observation\.(images\.)?", "", key) for key in cameras]
+        found = {view: find(view, cameras, (view, *USUAL.get(view, ()))) for view in self.views}
+        left = [key for key in cameras if key not in found.values()]
+        self.views = ({view: key or (left.pop(0) if left else None) for view, key in found.items()}
+                      or dict(zip(short, cameras)))
+        if None in self.views.values():
+            raise ValueError(f"{self.root}: cameras {cameras}, views wanted {list(found)}. Choose the "
+                             "model's views (--set views=third), or a camera: --data ...=DIR,wrist=CAMERA.")
+
+    def _index(self, cache):
+        """Read every row once, or what an earlier run kept in the cache."""
+        base = Path(cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "plainvla").expanduser()
+        marks = [(str(path), *_mark(path)) for path in self.files]
+        about = json.dumps([str(self.root), self.options, self.views, self.chosen, marks])
+        path = base / f"{self.root.name}-{hashlib.sha256(about.encode()).hexdigest()[:16]}.safetensors"
+        self.path = path
+        try:
+            base.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise ValueError(f"--cache {base} cannot be used ({e.strerror}); give another folder.") from e
+        with _one_at_a_time(base / ".recorded.lock"):
+            if not path.exists():
+                atomic_write(path, self._write_table)
+        try:
+            facts = json.loads(self.table(path).metadata()["recorded"])
+            self.kept, self.damaged, self.stats = facts["kept"], facts["damaged"], facts["stats"]
+            self.columns = facts["columns"]
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError) as e:
+            raise _torn(path, e) from None
+        if self.damaged and self.options["damaged"] != "skip":
+            raise ValueError(f"{self.root}: {len(self.damaged)} of {len(self.chosen)} episodes are damaged: "
+                             f"{self.damaged[0][1].rstrip('.')}. python data.py {self.root} lists them all; "
+                             "damaged=skip leaves them out.")
+
+    def _write_table(self, path):
+        kept, damaged, parts, statistics, like = [], [], {}, ActionStatistics(), {}
+        for number, found in self.scan():
+            if not isinstance(found, str):
+                try:
+                    for name, key in (("actions", "A"), ("state", "S")):
+                        shape = ("n", like.setdefault(name, found[name].shape[-1]) or key)
+                        _check_array(f"{self.where(number)}: {name}", found[name], np.float32, shape)
+                    if self.options["gripper"] == "openvla":
+                        found["actions"][:, -1] = 1 - found["actions"][:, -1].clip(0, 1)
+                except ValueError as e:
+                    found = str(e)
+            if isinstance(found, str):
+                damaged.append([number, found])
+                continue
+            kept.append([number, len(found["actions"])])
+            statistics.add(found["actions"])
+            for name, x in found.items():
+                parts.setdefault(name, []).append(x)
+        tensors, stats = {name: np.concatenate(x) for name, x in parts.items()}, {}
+        if kept:
+            last = tensors["actions"][:, -1]
+            gripper = self.options["gripper"] != "none" and np.abs(last).max() <= 1
+            stats = {self.name: statistics.result([True] * (tensors["actions"].shape[1] - 1) + [not gripper])}
+        facts = {"kept": kept, "damaged": damaged, "stats": stats, "columns": list(tensors)}
+        save_file(tensors or {"actions": np.zeros((0, 1), np.float32)}, path, {"recorded": json.dumps(facts)})
+
+    def __len__(self):
+        return int(self.at[-1])
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(f"frame {index} of {len(self)}")
+        e = int(np.searchsorted(self.at, index, side="right")) - 1
+        start, end = int(self.at[e]), int(self.at[e + 1])
+        first, T, n = max(start, index - self.history + 1), self.horizon, min(self.horizon, end - index)
+        rows = self._rows(first, index + n)                                # from the oldest frame shown
+        shown = {name: x[:index - first + 1] for name, x in rows.items()}
+        actions = np.concatenate([rows["actions"], rows["actions"][-1:].repeat(T - n, 0)])
+        number, W = self.kept[e][0], index - first + 1
+        pictures = {view: self.pictures(number, shown, key) for view, key in self.views.items()}
+        sample = {**_newest(pictures, actions, W), "loss_mask": np.arange(T) < n, "state": shown["state"][-1],
+                  "instruction": self.tasks[int(shown["task"][-1])], "dataset": self.name}
+        if "waypoints" in rows:
+            sample["waypoints"] = shown["waypoints"][-1].reshape(5, 2)
+        if self.options["embodiment"]:
+            sample["embodiment"] = self.options["embodiment"]
+        return {k: x for k, x in sample.items() if not (self.points and k in ("actions", "loss_mask"))}
+
+    def _rows(self, start, end):
+        """Rows start .. end-1 of the table, all columns."""
+        table = self.table(self.path)
+        return {name: table.get_slice(name)[start:end] for name in self.columns}
+
+    def recording(self, episode):
+        """The whole of the episode-th episode here: instruction, images {view: (n, h, w, 3)}, actions, ..."""
+        (number, n), start = self.kept[episode], int(self.at[episode])
+        rows = self._rows(start, start + n)
+        return {**rows, "instruction": self.tasks[int(rows["task"][0])],
+                "images": {view: self.pictures(number, rows, key) for view, key in self.views.items()}}
+
+    def check(self):
+        return ()
+
+
+def _open_table(path):
+    return safe_open(path, "np")
+
+
+def _mark(path):
+    try:
+        return (about := path.stat()).st_size, about.st_mtime_ns
+    except OSError:
+        return ()
+
+
+# ---- LeRobot v2.0, v2.1, v3.0: read ------------------------------------------------------------------------
+#   meta/info.json                             version, fps, features, the names of the files below
+#   meta/tasks.jsonl      v3.0: .parquet       a task's number and text
+#   meta/episodes.jsonl   v3.0: */*.parquet    an episode's length; v3.0: where it is in files of many
+#   data/**/*.parquet                          a row per frame; a picture of dtype "image" is in it
+#   videos/**/*.mp4                            pictures of dtype "video", found by their time
+# meta/stats.json is not read: its quantiles are means of each episode's, and no quantiles of the whole.
+
+class LeRobot(Recorded):
+    """A LeRobot folder as samples; see `Recorded`."""
+    FORM = "LeRobot v2.0, v2.1 or v3.0"
+
+    def find(self):
+        path = self.root / "meta" / "info.json"
+        self.about = read_json(path)
+        with _layout(path, self.FORM):
+            self.version, self.fps = self.about["codebase_version"], float(self.about["fps"])
+            self.kinds = {key: about["dtype"] for key, about in self.about["features"].items()}
+            if self.version not in ("v2.0", "v2.1", "v3.0") or not 0 < self.fps < 1e4:
+                raise ValueError(f"{path}: version {self.version!r}, fps {self.fps:g}; {self.FORM} is read. "
+                                 "Convert it with lerobot's own scripts.")
+        cameras = [key for key, kind in self.kinds.items() if kind in ("video", "image")]
+        self.choose_columns([key for key in self.kinds if key not in cameras], cameras)
+        self.data_files, self.videos = Opened(_open_parquet), Opened(Video)
+        self.groups = Opened(self._group, 4)
+        self.tasks = self._tasks()
+        with _layout(path, self.FORM):
+            self.episodes = self._episodes()
+        if not self.episodes:
+            raise ValueError(f"{self.root}: meta lists no episodes. Copy the folder again.")
+        used = {file: 0 for e in self.episodes for file in (e["data"], *(v[0] for v in e["videos"].values()))}
+        self.files = [*sorted((self.root / "meta").rglob("*.*")), *used]
+
+    def _tasks(self):
+        if self.version < "v3":
+            rows = _json_lines(self.root / "meta" / "tasks.jsonl", self.FORM)
+        else:
+            with _layout(path := self.root / "meta" / "tasks.parquet", self.FORM):
+                rows = _optional("pyarrow.parquet", path).read_table(path).to_pylist()
+        # the text is pandas' index: its column is called __index_level_0__, or task
+        texts = {row.pop("task_index"): next(iter(row.values())) for row in rows}
+        return [texts.get(i, "") for i in range(max(texts, default=-1) + 1)]
+
+    def _episodes(self):
+        """A dict each: index, length, data (file), videos {camera: (file, from [s], to or None)}."""
+        about, videos = self.about, [key for key in self.views.values() if self.kinds[key] == "video"]
+        if self.version < "v3":
+            rows, per = _json_lines(self.root / "meta" / "episodes.jsonl", self.FORM), about["chunks_size"]
+            named = [({}, {"episode_chunk": row["episode_index"] // per} | row) for row in rows]
+        else:
+            wanted = ["data/chunk_index", "data/file_index"]
+            each = [f"videos/{key}/{x}" for key in videos
+                    for x in ("chunk_index", "file_index", "from_timestamp", "to_timestamp")]
+            named, pq = [], _optional("pyarrow.parquet", self.root)
+            for path in sorted((self.root / "meta" / "episodes").glob("*/*.parquet")):
+                with _layout(path, self.FORM):
+                    table = pq.read_table(path, columns=["episode_index", "length", *wanted, *each])
+                    rows = table.to_pylist()
+                named += [(row, {key[5:]: row[key] for key in wanted} | row) for row in rows]
+        found = []
+        for row, names in sorted(named, key=lambda one: one[1]["episode_index"]):
+            e = {"index": names["episode_index"], "length": names["length"], "videos": {},
+                 "data": self.root / about["data_path"].format(**names)}
+            for key in videos:
+                at = {x: row.get(f"videos/{key}/{x}") for x in ("chunk_index", "file_index")}
+                path = self.root / about["video_path"].format(**names | at, video_key=key)
+                span = (row.get(f"videos/{key}/{x}_timestamp") for x in ("from", "to"))
+                e["videos"][key] = (path, *span)
+            found.append(e)
+        return found
+
+    def where(self, number):
+        return f"{self.episodes[number]['data']}, episode {self.episodes[number]['index']}"
+
+    def scan(self):
+        files = {}
+        for number in self.chosen:
+            files.setdefault(self.episodes[number]["data"], []).append(number)
+        for path, numbers in tqdm(files.items(), f"{self.name}: rows", unit="file", disable=None):
+            try:
+                rows = self._read(path)
+            except ValueError as e:
+                yield from ((number, str(e)) for number in numbers)
+                continue
+            for number in numbers:
+                yield number, self._take(number, rows)
+
+    def _read(self, path):
+        """The columns of a file, sorted by episode and frame: neither the order of rows is to be trusted."""
+        wanted = {"actions": self.action, "state": self.state, "episode": "episode_index",
+                  "frame": "frame_index", "time": "timestamp", "task": "task_index"}
+        wanted |= {"waypoints": "waypoints"} if "waypoints" in self.kinds else {}
+        if not path.is_file():
+            raise ValueError(f"{path} is missing")
+        with _layout(path, self.FORM):
+            file, _ = self.data_files(path)
+            missing = [key for key in wanted.values() if key and key not in file.schema_arrow.names]
+            if missing:
+                raise ValueError(f"{path} has no column {missing[0]!r}, only {file.schema_arrow.names}")
+            table = file.read([key for key in wanted.values() if key])
+            rows = {name: _numbers(table[key], key) for name, key in wanted.items() if key}
+            order = np.lexsort((rows["frame"], rows["episode"]))
+            rows.setdefault("state", np.zeros(len(order)))
+            for name in {"actions", "state", "waypoints"} & set(rows):
+                rows[name] = rows[name].reshape(len(order), -1).astype(np.float32)
+        return {name: x[order] for name, x in rows.items()} | {"row": order}
+
+    def _take(self, number, rows):
+        """An episode's columns out of its file's, or what is wrong with it."""
+        e = self.episodes[number]
+        start, end = np.searchsorted(rows["episode"], [e["index"], e["index"] + 1])
+        found = {name: rows[name][start:end] for name in rows if name not in ("episode", "frame")}
+        if not np.array_equal(rows["frame"][start:end], np.arange(e["length"])):
+            return f"{self.where(number)} has {end - start} rows, wanted frames 0 .. {e['length'] - 1} once"
+        if not all(0 <= task < len(self.tasks) and is_text(self.tasks[task]) for task in set(found["task"])):
+            return f"{self.where(number)}: a row's task_index has no text in meta/tasks"
+        for path, start, end in e["videos"].values():
+            if not path.is_file():
+                return f"{path} is missing"
+            if end is not None and abs((end - start) * self.fps - e["length"]) > 0.5:
+                return (f"{path}, episode {e['index']}: {end - start:.3f} s for {e['length']} frames, but "
+                        f"info.json's fps is {self.fps:g}")
+        return found
+
+    def pictures(self, number, rows, key):
+        e = self.episodes[number]
+        if self.kinds[key] == "video":
+            path, start, _ = e["videos"][key]
+            return self.videos(path, self.fps).at((start or 0.0) + rows["time"].astype(np.float64))
+        with _layout(e["data"], self.FORM):
+            starts, found = self.data_files(e["data"])[1], []
+            for row in rows["row"].tolist():
+                group = int(np.searchsorted(starts, row, side="right")) - 1
+                cell = self.groups(e["data"], group, key)[row - int(starts[group])].as_py()
+                with Image.open(io.BytesIO(cell["bytes"])) as picture:
+                    found.append(np.array(picture.convert("RGB")))
+            return np.stack(found)
+
+    def _group(self, path, group, key):
+        return self.data_files(path)[0].read_row_group(group, columns=[key])[key]
+
+    def check(self):
+        """Yield (episode, why): videos that are torn, short, or of another fps; pictures that do not open."""
+        needed = {}
+        for number, n in self.kept:
+            e = self.episodes[number]
+            for path, start, _ in e["videos"].values():
+                needed.setdefault(path, []).append(((start or 0) + (n - 1) / self.fps, number))
+        for path, uses in tqdm(needed.items(), "videos", disable=None):
+            try:
+                last = self.videos(path, self.fps).last()
+                why = f"{path} ends at {last:.3f} s, rows go on to {max(uses)[0]:.3f} s"
+                bad = [number for end, number in uses if end > last + 0.5 / self.fps]
+            except ValueError as e:
+                why, bad = str(e), [number for _, number in uses]
+            yield from ((number, why) for number in bad)
+        inside = [key for key in self.views.values() if self.kinds[key] == "image"]
+        for i, (number, n) in enumerate(self.kept if inside else ()):
+            try:
+                for key in inside:
+                    self.pictures(number, self._rows(int(self.at[i]), int(self.at[i + 1])), key)
+            except ValueError as e:
+                yield number, str(e)
+
+    def facts(self):
+        yield f"LeRobot {self.version}, robot {self.about.get('robot_type')}, {self.fps:g} frames per second"
+        for key, about in self.about["features"].items():
+            yield f"feature {key}: {about['dtype']} {about.get('shape')} {about.get('names') or ''}"
+
+
+def _json_lines(path, form):
+    with _layout(path, form):
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _open_parquet(path):
+    """The file, and the first row of each row group."""
+    file = _optional("pyarrow.parquet", path).ParquetFile(path)
+    sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    return file, np.cumsum([0, *sizes])[:-1]
+
+
+def _numbers(column, name):
+    """A column of numbers or of lists of n -> (rows,) or (rows, n)."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    rows, x = len(column), column.combine_chunks()
+    x = pa.concat_arrays(x.chunks) if isinstance(x, pa.ChunkedArray) else x
+    if pa.types.is_nested(x.type):
+        if x.null_count or len(pc.list_value_length(x).unique()) != 1:
+            raise ValueError(f"column {name}: rows of several lengths, or empty ones")
+        x = x.flatten()
+    if x.null_count:
+        raise ValueError(f"column {name}: {x.null_count} numbers are missing")
+    x = x.to_numpy(zero_copy_only=False)
+    return x if len(x) == rows else x.reshape(rows, -1)
+
+
+class Video:
+    """An open mp4: at(times) gives its frames. A ValueError names the file: torn, too short, another fps."""
+
+    def __init__(self, path, fps):
+        self.path, self.fps = path, fps
+        with _layout(path, "LeRobot's videos"):
+            self.file = _optional("av", path).open(str(path))
+            self.stream = self.file.streams.video[0]
+            self.stream.codec_context.thread_count = 1         # the workers are the threads
+            rate = float(self.stream.average_rate)
+        if abs(rate - fps) > 0.01 * fps:
+            raise ValueError(f"{path} has {rate:g} frames per second, info.json's fps is {fps:g}: its frames "
+                             "do not belong to the rows. Convert the video, or correct the fps.")
+
+    def at(self, times):
+        """The frames at these times [s], ascending: (n, h, w, 3) uint8, RGB."""
+        pictures, decoded, last = [], None, math.inf
+        with _layout(self.path, "LeRobot's videos"):
+            for t in times.tolist():
+                if not 0 < t - last < 8 / self.fps:            # far from the last: go there by the index
+                    self.file.seek(round(t / self.stream.time_base) - 1, stream=self.stream)
+                    decoded = self.file.decode(self.stream)
+                frame = next((frame for frame in decoded if frame.time >= t - 0.5 / self.fps), None)
+                if frame is None or abs(frame.time - t) > max(TOLERANCE, self.stream.time_base):
+                    found = "it ends before" if frame is None else f"the nearest is at {frame.time:.4f} s"
+                    raise ValueError(f"{self.path}: no frame at {t:.4f} s, {found}. Copy the video again.")
+                pictures.append(frame.to_ndarray(format="rgb24"))
+                last = frame.time
+        return np.stack(pictures)
+
+    def last(self):
+        """The time [s] of the last frame, of what the file holds and not of what its header says."""
+        with _layout(self.path, "LeRobot's videos"):
+            self.file.seek(0, stream=self.stream)
+            times = [packet.pts for packet in self.file.demux(self.stream) if packet.pts is not None]
+            return float(max(times, default=-1) * self.stream.time_base)
+
+
+# ---- LIBERO's HDF5: read -----------------------------------------------------------------------------------
+#   SUITE/TASK_demo.hdf5: data/demo_7/actions, obs/agentview_rgb, eye_in_hand_rgb, ee_states, gripper_states
+# Pictures are stored upside down, against every released checkpoint and every other form: turned by 180
+# degrees here. The task is the file's name without its scene, as in the released sets. A step without a
+# command (no-op) is left out; those sets are then rendered anew, and without the demonstrations that fail.
+
+class Libero(Recorded):
+    """LIBERO's files as samples; see `Recorded`. State: position, axis-angle, 2 gripper joints."""
+    FORM = "LIBERO's HDF5"
+    OPTIONS = Recorded.OPTIONS | {"rotate": "1", "noops": "drop"}
+
+    def find(self):
+        for key, known in (("rotate", ("0", "1")), ("noops", ("keep", "drop"))):
+            choose(f"{self.root}: {key}: there is no", self.options[key], known)
+        self.files = _libero_files(self.root)
+        if not self.files:
+            raise ValueError(f"{self.root}: no *.hdf5 in it or one folder below. Give LIBERO's folder.")
+        self.open, self.episodes, self.tasks, cameras = Opened(_open_hdf5, 16), [], [], None
+        for path in self.files:
+            words = re.sub(r"_demo$", "", path.stem).split("_")
+            scene = max([i + 1 for i, word in enumerate(words) if "SCENE" in word], default=0)
+            self.tasks.append(" ".join(words[scene:]))
+            try:
+                demos, obs = self._demos(path)
+            except ValueError as e:
+                self.episodes.append({"file": path, "demo": "", "why": str(e)})
+                continue
+            if not cameras:                                    # agentview first
+                cameras = sorted(key for key in obs if key.endswith("_rgb"))
+                self.choose_columns(["actions", *obs], cameras)
+            self.episodes += [{"file": path, "demo": demo, "task": len(self.tasks) - 1} for demo in demos]
+        if not cameras:
+            raise ValueError(self.episodes[0].get("why", f"{self.root}: no pictures in its demonstrations."))
+
+    def _demos(self, path):
+        """A file's demonstrations in order, demo_10 after demo_9, and what the first one observes."""
+        with _layout(path, self.FORM):
+            data = self.open(path)["data"]
+            demos = sorted(data, key=lambda name: (len(name), name))
+            return demos, list(data[demos[0]]["obs"])
+
+    def where(self, number):
+        return f"{self.episodes[number]['file']}, {self.episodes[number]['demo']}"
+
+    def scan(self):
+        for number in tqdm(self.chosen, f"{self.name}: actions", unit="demonstration", disable=None):
+            e = self.episodes[number]
+            try:
+                yield number, e.get("why") or self._take(number, e)
+            except ValueError as error:
+                yield number, str(error)
+
+    def _take(self, number, e):
+        with _layout(e["file"], self.FORM):
+            demo = self.open(e["file"])[f"data/{e['demo']}"]
+            actions, obs = demo[self.action][:].astype(np.float32), demo["obs"]
+            parts = [self.state] if self.state else [
+                *(["ee_states"] if "ee_states" in obs else ["ee_pos", "ee_ori"]), "gripper_states"]
+            state = np.concatenate([obs[key][:].astype(np.float32) for key in parts], 1)
+            sizes = {key: len(obs[key]) for key in (*self.views.values(), *parts)}
+            if set(sizes.values()) != {len(actions)}:
+                return f"{self.where(number)}: {len(actions)} actions, but {sizes}"
+            keep = np.flatnonzero(~no_ops(actions) | (self.options["noops"] == "keep"))
+        if not len(keep):
+            return f"{self.where(number)}: no step commands anything"
+        return {"actions": actions[keep], "state": state[keep], "row": keep,
+                "task": np.full(len(keep), e["task"])}
+
+    def pictures(self, number, rows, key):
+        e = self.episodes[number]
+        with _layout(e["file"], self.FORM):
+            found = self.open(e["file"])[f"data/{e['demo']}/obs/{key}"][rows["row"]]      # (n, h, w, 3)
+        return np.ascontiguousarray(found[:, ::-1, ::-1]) if self.options["rotate"] == "1" else found
+
+    def facts(self):
+        yield f"LIBERO's HDF5, {len(self.files)} files"
+
+
+def no_ops(actions):
+    """Steps (n,) that command nothing: no motion in actions (n, 7), and the gripper's command as before."""
+    still = np.linalg.norm(actions[:, :6], axis=1) < 1e-4
+    still[1:] &= actions[1:, -1] == actions[:-1, -1]
+    return still
+
+
+def _open_hdf5(path):
+    try:
+        return _optional("h5py", path).File(path, "r")
+    except BlockingIOError:
+        raise ValueError(f"{path} is open elsewhere, to be written; close it there, or copy it.") from None
+
+
+def _libero_files(root):
+    return sorted([*root.glob("*.hdf5"), *root.glob("*/*.hdf5")])
+
+
+RECORDED = {"lerobot": LeRobot, "libero": Libero}
+
+
+def form_of(folder):
+    """Which of RECORDED a folder is, or None."""
+    if (folder / "meta" / "info.json").is_file():
+        return "lerobot"
+    return "libero" if folder.is_dir() and _libero_files(folder) else None
+
+
+def recorded_sets(spec):
+    """[(form, folder, options), ...] of a --data that names recorded episodes; else []."""
+    if Path(spec).is_dir():
+        return [(form, spec, {})] if (form := form_of(Path(spec))) else []
+    parts = [part.partition("=") for part in re.split(r"\+(?=[\w-]+=)", spec)]
+    if not all(form in RECORDED for form, *_ in parts):
+        return []
+    split = [(form, *re.split(r",(?=\w+=)", rest)) for form, _, rest in parts]
+    return [(form, folder, dict(x.split("=", 1) for x in options)) for form, folder, *options in split]
+
+
+def recorded_dataset(spec, split, views, expect, **how):
+    """The sets that --data SPEC names, one after the other, checked; None if none validates."""
+    sets = []
+    for form, folder, options in recorded_sets(spec):
+        if not Path(folder).expanduser().is_dir():
+            raise ValueError(f"--data {spec}: {folder} is no folder.")
+        data = RECORDED[form](folder, split, views=views, points=expect["action_dim"] == 2, options=options,
+                              **how)
+        sets += [data] if len(data) else []
+        if split == "train" and rank_info()[0] == 0:
+            read = {**data.views, "action": data.action, "state": data.state or "its usual columns, or zeros"}
+            read = ", ".join(f"{what}={column}" for what, column in read.items())
+            print(f"{folder}: {len(data):,} frames, {len(data.kept):,} episodes, {len(data.damaged):,} damaged "
+                  f"ones left out; {read}", file=sys.stderr)
+    names = [data.name for data in sets]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--data {spec}: sets of one name in {names}; name them: lerobot=DIR,name=mine.")
+    if not sets and split != "train":
+        return None
+    if not sets:
+        raise ValueError(f"--data {spec}: no episode is left to train on; val=0 keeps all of them for it.")
+    data = Checked(Bodies(sets) if len(sets) > 1 else sets[0], f"--data {spec}", expect)
+    return data if data[0] else None
+
+
+# ---- LeRobot v3.0: written ---------------------------------------------------------------------------------
+
+class LeRobotWriter:
+    """Writes a LeRobot v3.0 folder: add() one episode after the other, close() after the last (`with` does).
+
+    An episode has files of its own (v3.0 allows it), the last of them its row in meta/episodes. Killed at any
+    moment, len(writer) whole episodes are there; a new writer goes on after them, to the same bytes. close()
+    derives the rest from the episodes: tasks, stats.json (with the quantiles of all rows), info.json, without
+    which it is no dataset yet. video: AV1 as LeRobot's own, else PNG in the parquet files, without loss.
+    made_from: what the episodes depend on; going on with other values is a ValueError.
+    """
+
+    def __init__(self, folder, fps, robot_type=None, video=True, made_from=None):
+        self.folder, self.fps, self.video = Path(folder).expanduser(), fps, video
+        self.about = {"fps": fps, "robot_type": robot_type, "video": video, "made_from": made_from or {}}
+        self.begun, self.pq = self.folder / "meta" / "recording.json", _optional("pyarrow.parquet", folder)
+        begun = read_json(self.begun) if self.begun.exists() else {}
+        self.features = begun.pop("features", None)
+        left = [*self.folder.rglob(".*.part")]                 # of a run that was killed while writing
+        others = [path for path in self.folder.rglob("*") if path.is_file() and path not in left]
+        if others and begun != json.loads(json.dumps(self.about)):
+            raise ValueError(f"{self.folder} is not empty, and no recording of the same: found {begun}, "
+                             f"wanted {self.about}. Give another folder, or delete it.")
+        for path in left:
+            path.unlink(missing_ok=True)
+        self.rows = []
+        while (path := self._path("meta/episodes", len(self))).exists():
+            with _layout(path, "LeRobot v3.0"):
+                self.rows += self.pq.read_table(path).to_pylist()
+        self.tasks = list(dict.fromkeys(task for row in self.rows for task in row["tasks"]))
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            self.close()
+
+    def _path(self, folder, number, ending="parquet"):
+        return self.folder / folder / f"chunk-{number // 1000:03d}" / f"file-{number % 1000:03d}.{ending}"
+
+    def add(self, images, actions, state, instruction, **more):
+        """images {view: (n, h, w, 3) uint8}, actions (n, A), state (n, S), more {feature: (n,) or (n, k)}."""
+        n, number = len(actions), len(self)
+        cameras = {f"observation.images.{view}": np.asarray(x) for view, x in images.items()}
+        columns = {"observation.state": np.asarray(state, np.float32),
+                   "action": np.asarray(actions, np.float32),
+                   **{name: np.asarray(x) for name, x in more.items()}}
+        self._claim(number, n, cameras, columns, instruction)
+        if instruction not in self.tasks:
+            self.tasks.append(instruction)
+        start, index = self.rows[-1]["dataset_to_index"] if self.rows else 0, np.arange(n)
+        data = columns | {"timestamp": (index / self.fps).astype(np.float32), "frame_index": index,
+                          "episode_index": np.full(n, number), "index": start + index,
+                          "task_index": np.full(n, self.tasks.index(instruction))}
+        chunk, file = divmod(number, 1000)
+        row = {"episode_index": number, "tasks": [instruction], "length": n, "data/chunk_index": chunk,
+               "data/file_index": file, "dataset_from_index": start, "dataset_to_index": start + n}
+        stats = {key: lerobot_stats(x) for key, x in {**cameras, **data}.items()}
+        for key, x in cameras.items():
+            if self.video:
+                atomic_write(self._path(f"videos/{key}", number, "mp4"), partial(_write_video, x, self.fps))
+                row |= {f"videos/{key}/chunk_index": chunk, f"videos/{key}/file_index": file,
+                        f"videos/{key}/from_timestamp": 0.0, f"videos/{key}/to_timestamp": n / self.fps}
+            else:
+                data[key] = x
+        row |= {f"stats/{key}/{name}": x for key, one in stats.items() for name, x in one.items()}
+        row |= {"meta/episodes/chunk_index": chunk, "meta/episodes/file_index": file}
+        for folder, table in (("data", data), ("meta/episodes", {key: [x] for key, x in row.items()})):
+            atomic_write(self._path(folder, number), partial(self.pq.write_table, _parquet_table(table)))
+        self.rows.append(row)
+
+    def _claim(self, number, n, cameras, columns, instruction):
+        """Check an episode; the first one's features are those of all."""
+        kind = {"dtype": "video" if self.video else "image", "names": ["height", "width", "channels"]}
+        features = {key: kind | {"shape": list(x.shape[1:])} for key, x in cameras.items()}
+        features |= {key: {"dtype": str(x.dtype), "shape": list(x.shape[1:]) or [1], "names": None}
+                     for key, x in columns.items()}
+        for key, x in {**cameras, **columns}.items():
+            fits = x.dtype == np.uint8 and x.ndim == 4 and x.shape[3] == 3 if key in cameras else (
+                x.ndim in (1, 2) and x.dtype.kind in "biuf")
+            if len(x) != n or not n or not fits or not is_text(instruction):
+                raise ValueError(f"episode {number}, {instruction!r}: {key} is {x.dtype} {x.shape} of {n} "
+                                 "frames; wanted numbers (n,) or (n, k), pictures (n, h, w, 3) uint8.")
+            if key in cameras and self.video and (x.shape[1] % 2 or x.shape[2] % 2):
+                raise ValueError(f"{key}: {x.shape[2]} x {x.shape[1]} pixels; a video wants even numbers. "
+                                 "Change the size, or write pictures (video=False).")
+        if self.features not in (None, features):
+            raise ValueError(f"episode {number} has features {features}, the recording {self.features}.")
+        if self.features is None:
+            self.features = features
+            write_json(self.begun, self.about | {"features": features})
+
+    def close(self):
+        if not self.rows:
+            return
+        pa = _optional("pyarrow", self.folder)
+        tasks = pa.table({"task_index": [*range(len(self.tasks))], "__index_level_0__": self.tasks})
+        about = {"index_columns": ["__index_level_0__"], "column_indexes": [], "pandas_version": "2.2.0",
+                 "columns": [{"name": name, "field_name": field, "pandas_type": kind, "numpy_type": numpy,
+                              "metadata": None} for name, field, kind, numpy in (
+                                  ("task_index", "task_index", "int64", "int64"),
+                                  (None, "__index_level_0__", "unicode", "object"))]}
+        tasks = tasks.replace_schema_metadata({"pandas": json.dumps(about)})
+        atomic_write(self.folder / "meta" / "tasks.parquet", partial(self.pq.write_table, tasks))
+        number = {"dtype": "int64", "shape": [1], "names": None}
+        features = self.features | {"timestamp": number | {"dtype": "float32"}} | dict.fromkeys(
+            ("frame_index", "episode_index", "index", "task_index"), number)
+        for key, feature in features.items():
+            if feature["dtype"] == "video":
+                h, w, _ = feature["shape"]
+                features[key] = feature | {"info": {
+                    "video.height": h, "video.width": w, "video.codec": "av1", "video.pix_fmt": "yuv420p",
+                    "video.is_depth_map": False, "video.fps": self.fps, "video.channels": 3,
+                    "has_audio": False}}
+        stats = {key: self._whole(key, feature) for key, feature in features.items()}
+        write_json(self.folder / "meta" / "stats.json", stats)
+        write_json(self.folder / "meta" / "info.json", {
+            "codebase_version": "v3.0", "robot_type": self.about["robot_type"], "total_episodes": len(self),
+            "total_frames": self.rows[-1]["dataset_to_index"], "total_tasks": len(self.tasks),
+            "chunks_size": 1000, "data_files_size_in_mb": 100, "video_files_size_in_mb": 200, "fps": self.fps,
+            "splits": {"train": f"0:{len(self)}"},
+            "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+            "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+            if self.video else None, "features": features})
+
+    def _whole(self, key, feature):
+        """A feature's statistics over all episodes: of all rows, for pictures out of each episode's."""
+        if feature["dtype"] not in ("video", "image"):
+            paths = [self._path("data", i) for i in range(len(self))]
+            return lerobot_stats(np.concatenate([_numbers(self.pq.read_table(path, columns=[key])[key], key)
+                                                 for path in paths]))
+        low, high, mean, std = (np.array([row[f"stats/{key}/{name}"] for row in self.rows])     # (E, 3, 1, 1)
+                                for name in ("min", "max", "mean", "std"))
+        share = np.array([row[f"stats/{key}/count"][0] for row in self.rows], np.float64)
+        total, share = int(share.sum()), (share / share.sum())[:, None, None, None]
+        middle = (share * mean).sum(0)
+        found = {"min": low.min(0), "max": high.max(0), "mean": middle,
+                 "std": np.sqrt((share * (std**2 + (mean - middle)**2)).sum(0))}
+        return {name: x.tolist() for name, x in found.items()} | {"count": [total]}
+
+
+def lerobot_stats(x):
+    """Statistics of (n,), (n, k): lists (k,); of pictures (n, h, w, 3): per channel, 0 .. 1, (3, 1, 1)."""
+    pictures, count = x.ndim == 4, len(x)
+    x = x[::-(-count // 100)] / 255 if pictures else x.reshape(count, -1).astype(np.float64)
+    axis, shape = ((0, 1, 2), (3, 1, 1)) if pictures else (0, (-1,))
+    found = {"min": x.min(axis), "max": x.max(axis), "mean": x.mean(axis), "std": x.std(axis)}
+    found |= {f"q{q:02d}": np.quantile(x, q / 100, axis) for q in (1, 10, 50, 90, 99)}
+    return {name: value.reshape(shape).tolist() for name, value in found.items()} | {"count": [len(x)]}
+
+
+def _parquet_table(columns):
+    """{name: (n,), (n, k), a list, or pictures (n, h, w, 3)} -> an Arrow table; pictures become PNGs."""
+    import pyarrow as pa
+    arrays = {}
+    for name, x in columns.items():
+        if isinstance(x, np.ndarray) and x.ndim == 4:
+            files = [io.BytesIO() for _ in x]
+            for file, picture in zip(files, x):
+                Image.fromarray(picture).save(file, "PNG")
+            cells = [{"bytes": file.getvalue(), "path": None} for file in files]
+            arrays[name] = pa.array(cells, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+        elif isinstance(x, np.ndarray) and x.ndim == 2 and x.shape[1] > 1:
+            arrays[name] = pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), x.shape[1])
+        else:
+            arrays[name] = pa.array(x.ravel() if isinstance(x, np.ndarray) else x)
+    return pa.table(arrays)
+
+
+def _write_video(pictures, fps, path):
+    av = _optional("av", path)
+    os.environ.setdefault("SVT_LOG", "1")                      # the encoder's errors only
+    with av.open(str(path), "w", format="mp4") as file:
+        stream = file.add_stream("libsvtav1", rate=Fraction(fps).limit_denominator(1001), options={
+            "g": "2", "crf": "30", "svtav1-params": "lp=1"})
+        stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "yuv420p"
+        for picture in pictures:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24")))
+        file.mux(stream.encode())
+
+
 # ---- --data: the tabletop, or a function of yours ---------------------------------------------------------
 
 def open_dataset(spec=NAME, split="train", horizon=8, views=("third",), image_size=64, action_dim=None,
                  state_dim=None, history=1, **options):
     """The dataset that `--data SPEC` names.
 
-    "tabletop", "tabletop:pick,put", "tabletop:all": the embedded set; `options` go to `tabletop`.
+    "tabletop", "tabletop:pick,put", "tabletop@dual:all": the embedded set, of a body (gripper) and families;
+    `options` go to `tabletop`. "tabletop+tabletop@dual": both bodies' (`Bodies`), `episodes` of each.
     "PATH/manifest.jsonl": VLA-0's community form (see `Manifest`); no validation set if too short: None.
     "maniskill=DIR+hoi4d=DIR": A0's forms, mixed; "a0=DIR": the official five. "val" is their test split.
+    "lerobot=DIR", "libero=DIR", or DIR, with options after commas: see `Recorded`, and the list above it.
     "FILE.json": the train_dataset or val_dataset of an official RoboVLMs configuration.
     "my_file.py:make_dataset": your function, called with those of split, horizon, views, image_size and
     history that it takes by name. It returns something with len() and [i], or an iterable (see `loader`); an
@@ -1275,6 +2061,8 @@ def open_dataset(spec=NAME, split="train", horizon=8, views=("third",), image_si
         offered = {"split": split, "horizon": horizon, "views": views, "image_size": image_size,
                    "history": history}
         return _user_dataset(path, name, offered, expect)
+    if recorded_sets(spec):
+        return recorded_dataset(spec, split, views, expect, horizon=horizon, history=history, **options)
     parts = [part.partition("=") for part in re.split(r"\+(?=[\w-]+=)", spec)]
     if all(equals for _, equals, _ in parts) and not Path(spec).exists():
         if action_dim not in (None, 2) or options:
@@ -1282,16 +2070,33 @@ def open_dataset(spec=NAME, split="train", horizon=8, views=("third",), image_si
         data = Mixture([a0_dataset(form, root, "train" if split == "train" else "test")
                         for name, _, root in parts for form in {"a0": list(A0_FORMS)[:5]}.get(name, [name])])
         return data if len(data) else None
-    kind, _, families = spec.partition(":")
-    if kind == NAME:
-        chosen = options.pop("families", None)
-        chosen = eval_sim.FAMILIES if families == "all" else families.split(",") if families else chosen
-        return tabletop(split, families=chosen, views=views, image_size=image_size, horizon=horizon,
-                        history=history, **options)
+    if named := tabletop_sets(spec):
+        chosen, bodies = options.pop("families", None), [body for body, _ in named]
+        for body, families in named:                       # before the first of them is generated
+            choose("embodiment: the expert cannot drive", body, eval_sim.BODIES)
+            eval_sim.Tabletop(families or chosen or eval_sim.FAMILIES, split, views, embodiment=body)
+        most = max(eval_sim.EMBODIMENTS[body][0] for body in bodies)
+        if len(set(bodies)) < len(bodies):
+            raise ValueError(f"--data {spec}: name each body once, with all its families: {NAME}:pick,two.")
+        if action_dim not in (None, 2) and action_dim < most:              # 2: a0's points
+            raise ValueError(f"--data {spec} has actions of {most} numbers, the model {action_dim}: change "
+                             f"it (--set action_dim={most}), or the body.")
+        sets = [tabletop(split, families=families or chosen, views=views, image_size=image_size,
+                         horizon=horizon, history=history, embodiment=body, **options)
+                for body, families in named]
+        return Bodies(sets) if len(sets) > 1 else sets[0]
     found = "a folder" if Path(spec).is_dir() else "a file" if Path(spec).exists() else "nothing there"
-    raise ValueError(f"--data {spec}: found {found}. Give {NAME}, {NAME}:pick,put, {NAME}:all, a "
-                     "manifest.jsonl, maniskill=DIR (A0's sets), or my_file.py:make_dataset (a function of "
-                     "yours that reads any format; README has one of 15 lines).")
+    raise ValueError(f"--data {spec}: found {found}. Give {NAME}, {NAME}@dual:pick,put, {NAME}:all, "
+                     "lerobot=DIR, libero=DIR, a manifest.jsonl, maniskill=DIR (A0's sets), or "
+                     "my_file.py:make_dataset (your own reader; README has one of 15 lines).")
+
+
+def tabletop_sets(spec):
+    """[(body, families or None: the default ones), ...] of a --data that names tabletop sets; else []."""
+    parts = [re.fullmatch(rf"{NAME}(?:@([^:]*))?(?::(.*))?", part) for part in spec.split("+")]
+    return [("gripper" if part[1] is None else part[1],
+             eval_sim.FAMILIES if part[2] == "all" else tuple(part[2].split(",")) if part[2] else None)
+            for part in parts] if all(parts) else []
 
 
 def _user_function(path, name):
@@ -1531,7 +2336,31 @@ def describe(folder):
         shown = {view: image.shape for view, image in value.items()} if key == "images" else repr(value)
         print(f"sample       {key}: {value.shape if isinstance(value, np.ndarray) else shown}")
     for key in ("q01", "q99", "mean", "std"):
-        print(f"action {key:5} " + " ".join(f"{x:8.4f}" for x in data.stats[NAME]["action"][key]))
+        print(f"action {key:5} " + " ".join(f"{x:8.4f}" for x in data.stats[data.name]["action"][key]))
+
+
+def describe_recorded(folder, form):
+    """Print what a folder of `RECORDED` is, look at all its files, and list what is damaged, if anything."""
+    data = RECORDED[form](folder, options={"val": "0", "damaged": "skip"})
+    damaged = dict([*data.damaged, *data.check()])
+    frames = np.diff(data.at) if len(data) else np.zeros(1, int)
+    print(f"{len(data.episodes)} episodes, {len(damaged)} of them damaged; {len(data)} frames, "
+          f"{frames.min()} to {frames.max()} in an episode, median {np.median(frames):.0f}; "
+          f"{len(data.tasks)} tasks")
+    print("\n".join(data.facts()))
+    print("tasks        " + "; ".join(data.tasks[:4]) + "; ..." * (len(data.tasks) > 4))
+    good = (i for i, (number, _) in enumerate(data.kept) if number not in damaged)
+    for key, value in data[int(data.at[i])].items() if (i := next(good, None)) is not None else ():
+        shown = {view: image.shape for view, image in value.items()} if key == "images" else repr(value)
+        print(f"sample       {key}: {value.shape if isinstance(value, np.ndarray) else shown}")
+    for key in ("q01", "q99", "mean", "std", "mask"):
+        for entry in data.stats.values():
+            print(f"action {key:5} " + " ".join(f"{x:8.4f}" for x in entry["action"][key]))
+    for number, why in sorted(damaged.items()):
+        print(f"damaged      episode {number}: {why}")
+    if damaged:
+        raise ValueError(f"{folder}: {len(damaged)} of {len(data.episodes)} episodes are damaged (listed "
+                         "above). Copy them again, or train with damaged=skip.")
 
 
 def build_command(arguments):
@@ -1568,13 +2397,14 @@ def main():
                 "hoi4d-metadata": metadata_command}
     if command := commands.get(next(iter(sys.argv[1:]), None)):
         return command(sys.argv[2:])
-    known = ",".join(eval_sim.FAMILIES)
+    known = ",".join(eval_sim.FAMILIES + eval_sim.PAIRS)
     parser = Parser("Make the tabletop dataset, or describe one. LIBERO: data.py build-manifest --help.")
     parser.add_argument("folder", nargs="?", help="describe this set, and compare it with its checksums")
     parser.add_argument("--make", action="store_true", help="generate a set, or finish an interrupted one")
     parser.add_argument("--split", default="train", help=f"one of {', '.join(eval_sim.SPLITS)}")
     parser.add_argument("--episodes", type=within(1, 10**6), help=f"how many (default {EPISODES})")
     parser.add_argument("--families", default="", help=f"all, or some of {known} (default: the first three)")
+    parser.add_argument("--body", default="gripper", help=f"one of {', '.join(eval_sim.BODIES)}")
     parser.add_argument("--views", default="third", help=f"cameras, some of {','.join(eval_sim.VIEWS)}")
     parser.add_argument("--image-size", type=within(1), default=64, help="pixels per side")
     parser.add_argument("--cache", help="folder that holds generated sets (default: ~/.cache/plainvla)")
@@ -1583,11 +2413,13 @@ def main():
     if args.make == bool(args.folder):
         raise ValueError("give either --make or the folder of a set (python data.py --help).")
     if args.make:
-        data = open_dataset(f"{NAME}:{args.families}", args.split, views=args.views.split(","),
+        data = open_dataset(f"{NAME}@{args.body}:{args.families}", args.split, views=args.views.split(","),
                             image_size=args.image_size, episodes=args.episodes, cache=args.cache,
                             workers=args.workers)
         args.folder = data.folder
         print(data.folder)
+    elif form := form_of(Path(args.folder)):
+        return describe_recorded(args.folder, form)
     describe(args.folder)
 
 

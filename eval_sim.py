@@ -5,6 +5,7 @@ Closed-loop evaluation, and its default simulator: a tabletop in numpy, no physi
     python eval_sim.py --ckpt runs/cogact-tiny/last --families all --episodes 300
     python eval_sim.py --ckpt runs/cogact-tiny/last --control all  # also what must fail: see --help
     python eval_sim.py --replay tabletop                           # recorded actions: the first thing to try
+    python eval_sim.py --control expert --body dual --families two # two arms; two goals in one instruction
 
 The tabletop, in one picture (metres; a right-handed frame whose origin lies on the table):
 
@@ -18,6 +19,8 @@ Action, 7 numbers at CONTROL_HZ: dx dy dz [m] in the table's frame, droll dpitch
 gripper's angles, gripper 1 = open, 0 = closed (threshold 0.5).
 State, 8 numbers: x y z [m] of the point between the finger tips, roll pitch yaw [rad] (Rz(yaw) Ry(pitch)
 Rx(roll)), the two fingers' distances from the middle [m] (0 = closed).
+The body "dual" has two arms, and twice these numbers: first the right arm's (its side is y < 0), then the
+left arm's. The arm on whose side X lies as its goal begins does the work, the other one waits.
 Contact is kinematic: fingers push what they touch sideways, close around what is between them, and what they
 let go drops onto what is below. Everything follows from the seed.
 
@@ -31,7 +34,9 @@ import platform
 import subprocess
 import tempfile
 import time
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +48,8 @@ CONTROL_HZ = 5
 STATE_DIM = 8
 FAMILIES = ("pick", "put", "push", "stack", "turn", "side")
 DEFAULT_FAMILIES = ("pick", "put", "push")
-VIEWS = ("third", "wrist")
+PAIRS = ("two",)                 # families of two goals, told in one instruction
+VIEWS = ("third", "wrist", "left_wrist")    # "wrist" is the right one of two arms, which alone have the last
 
 
 # ---- Solids and pictures: rays against convex solids, exact perspective, flat shading ---------------------
@@ -51,7 +57,9 @@ VIEWS = ("third", "wrist")
 COLOURS = {"red": (214, 40, 40), "green": (44, 160, 60), "blue": (40, 84, 214), "yellow": (240, 208, 40),
            "purple": (150, 60, 190), "orange": (242, 130, 28)}
 NEUTRAL = {"plate": (236, 236, 230), "box": (96, 72, 52)}
-TABLE, FLOOR, STEEL, FINGER = (176, 160, 140), (70, 76, 84), (128, 132, 138), (28, 28, 32)
+TABLE, FLOOR = (176, 160, 140), (70, 76, 84)
+# Steel and fingers of the only or right arm, and of the left one.
+ARM_COLOURS = (((128, 132, 138), (28, 28, 32)), ((64, 124, 132), (16, 74, 82)))
 LIGHT = np.array([0.25, 0.30, 1.0]) / np.linalg.norm([0.25, 0.30, 1.0])     # towards the lamp
 AMBIENT = 0.5
 
@@ -312,39 +320,78 @@ class Thing:
         return np.hypot(*off) < (0.062 if self.shape == "plate" else 0.024)
 
 
-# A second body shows that nothing else assumes seven numbers: map an action of yours to the seven above.
+class Goal(NamedTuple):
+    """One thing to reach: what becomes of X, with regard to Y or to a side."""
+    family: str
+    x: Thing
+    y: Thing | None
+    side: str                    # left, right or ""
+    phrase: str
+
+    def words(self, x=None, side=None):
+        """The goal as an instruction; x, side: another Thing or side in place of its own."""
+        y = self.y.name if self.y else ""
+        return self.phrase.format(x=(x or self.x).name, y=y, side=side or self.side,
+                                  on="in" if y == "box" else "on")
+
+
+class Arm:
+    """tcp (3,) [m], the point between the finger tips; rpy (3,) [rad]; gap [m] between the fingers; held:
+    None or (Thing, its place (3,) [m] and yaw [rad] in the gripper's frame)."""
+
+    def __init__(self, tcp, yaw):
+        self.tcp, self.rpy, self.gap, self.held = tcp, np.array([0.0, 0.0, yaw]), MAX_GAP, None
+
+
+def _of_arm(name):
+    """An attribute of the working arm, as one of the environment."""
+    return property(lambda env: getattr(env.arms[env.arm], name),
+                    lambda env, value: setattr(env.arms[env.arm], name, value))
+
+
+# A body: how many numbers an action of it has; where each arm's tcp starts: lowest, highest (3,) [m]; its
+# action as (arms, 7). (The gantry is for the tests: nothing else assumes multiples of seven.)
+START = ((*REACH[0, :2] * 0.85, 0.12), (*REACH[1, :2] * 0.85, 0.19))
 EMBODIMENTS = {
-    "gripper": (7, lambda a: a),                                      # dx dy dz droll dpitch dyaw gripper
-    "gantry": (4, lambda a: np.array([*a[:3], 0, 0, 0, a[3]])),       # dx dy dz gripper
+    "gripper": (7, [START], lambda a: a[None]),                       # dx dy dz droll dpitch dyaw gripper
+    "gantry": (4, [START], lambda a: np.array([[*a[:3], 0, 0, 0, a[3]]])),                # dx dy dz gripper
+    "dual": (14, [((0.0, -0.17, 0.13), (0.09, -0.08, 0.17)), ((0.0, 0.08, 0.13), (0.09, 0.17, 0.17))],
+             lambda a: a.reshape(2, 7)),                              # waiting, they hide little
 }
+BODIES = ("gripper", "dual")     # those that the expert drives
 
 
 class Tabletop:
     """The environment, with Gymnasium's reset and step.
 
     families: which tasks may come; split: which colour-shape pairs, phrasings and camera ("hard": held-out
-    ones); views: cameras to render, of "third" and "wrist"; image_size: height = width in pixels, or (h, w);
+    ones); views: cameras to render, of VIEWS; image_size: height = width in pixels, or (h, w);
     embodiment: a key of EMBODIMENTS. ValueError for unknown names.
 
-    After `reset`: things (list of Thing); the task: family, x, y (Things; y may be None), side, instruction;
-    the gripper: tcp (3,) [m], the point between the finger tips, rpy (3,) [rad], gap [m] between the fingers,
-    held: None or (Thing, its place (3,) [m] and yaw [rad] in the gripper's frame); count: steps played.
+    After `reset`: things (list of Thing); the task: family, instruction, goals (list of Goal), reached: their
+    numbers in the order in which they came true; now: the number of the first that is not true, and its x, y
+    (Things; y may be None), side; arms (list of Arm), arm: the number of the one that works on this goal,
+    whose attributes are the environment's, too; count: steps played.
     """
+    tcp, rpy, gap, held = map(_of_arm, ("tcp", "rpy", "gap", "held"))
 
     def __init__(self, families=DEFAULT_FAMILIES, split="train", views=("third",), image_size=64,
                  embodiment="gripper"):
-        for names, known, what in ((families, FAMILIES, "families"), (views, VIEWS, "views"),
-                                   ((split,), SPLITS, "split"), ((embodiment,), EMBODIMENTS, "embodiment")):
+        arms = len(EMBODIMENTS[embodiment][1]) if embodiment in EMBODIMENTS else 1
+        for names, known, what in ((families, FAMILIES + PAIRS, "families"), ((split,), SPLITS, "split"),
+                                   (views, VIEWS[:1 + arms], "views"),
+                                   ((embodiment,), EMBODIMENTS, "embodiment")):
             if wrong := [name for name in names if name not in known]:
                 asked = ", ".join(map(repr, wrong))
                 raise ValueError(f"{what} {asked}: the tabletop knows {', '.join(known)}.")
         self.families, self.split, self.views = tuple(families), split, tuple(views)
         self.h, self.w = (image_size, image_size) if np.isscalar(image_size) else image_size
         if not self.families:
-            raise ValueError(f"no task family was given; name at least one of {', '.join(FAMILIES)}.")
+            raise ValueError(f"no task family was given; name at least one of {', '.join(FAMILIES + PAIRS)}.")
         if min(self.h, self.w) < 1:
             raise ValueError(f"image_size={image_size}: a picture has at least one pixel.")
-        self.action_dim, self.to_seven = EMBODIMENTS[embodiment]
+        self.embodiment = embodiment
+        self.action_dim, self.starts, self.to_sevens = EMBODIMENTS[embodiment]
         self.rng = np.random.default_rng()
 
     # -- Gymnasium's two verbs, each also without a picture
@@ -360,23 +407,31 @@ class Tabletop:
     def lay_out(self, seed=None, options=None):
         """`reset` without a picture."""
         family = (options or {}).get("family")
-        if family not in (None, *FAMILIES):
-            raise ValueError(f"options: family {family!r}; the tabletop knows {', '.join(FAMILIES)}.")
+        if family not in (None, *FAMILIES, *PAIRS):
+            raise ValueError(f"options: family {family!r}; the tabletop knows {', '.join(FAMILIES + PAIRS)}.")
         seed = seeds(self.split, 1, int(self.rng.integers(1_000_000)))[0] if seed is None else int(seed)
         self.seed, self.rng = seed, np.random.default_rng([VERSION, seed])
         self.family = family or self.families[self.rng.integers(len(self.families))]
-        self.max_steps = STEPS[self.family]
-        while not self._draw_scene():                                 # one in eight does not fit; for "push",
+        # of two goals, "put" comes first: that it is done can be seen in any later picture
+        plan = ["put", DEFAULT_FAMILIES[self.rng.integers(3)]] if self.family == "two" else [self.family]
+        self.max_steps = sum(STEPS[part] for part in plan)
+        while not self._draw_scene(plan):                             # one in eight does not fit; for "push",
             pass                                                      # which needs room, three in four
-        self.tcp = np.array([*self.rng.uniform(*REACH[:, :2] * 0.85), self.rng.uniform(0.12, 0.19)])
-        self.rpy, self.gap, self.held = np.zeros(3), MAX_GAP, None
-        self.rpy[2] = self.rng.uniform(-0.15, 0.15)
+        self.instruction = ", then ".join(goal.words() for goal in self.goals)
+        self.arms = [Arm(self.rng.uniform(*box), self.rng.uniform(-0.15, 0.15)) for box in self.starts]
         self.count, self.start = 0, {id(t): (t.at.copy(), t.yaw) for t in self.things}
         self.move = np.zeros(2)                                       # of the last quarter step [m]
-        self.lifted = False                                           # was X carried? (pushing is not that)
+        self.reached = []
+        self._face(0)
         shift = 0.2 if self.split == "hard" else 0.0                  # held-out camera: 0.2 rad to the side
         eye = rotation(0, 0, shift) @ np.array(THIRD["eye"])
         self.third = Camera.look_at(eye, THIRD["target"], THIRD["fov"])
+
+    def _face(self, number):
+        """Turn to a goal of this number, with the arm on whose side its X lies."""
+        self.now, (_, self.x, self.y, self.side, _) = number, self.goals[number]
+        self.arm = int(len(self.arms) > 1 and self.x.at[1] > 0)
+        self.lifted = False                                           # was X carried? (pushing is not that)
 
     def step(self, action):
         """Play one action (action_dim,). Returns (observation, reward, terminated, truncated, info).
@@ -393,42 +448,51 @@ class Tabletop:
         if action.shape != (self.action_dim,) or not np.isfinite(action).all():
             found = f"shape {action.shape}" if action.shape != (self.action_dim,) else action.tolist()
             raise ValueError(f"an action of {found}: this body takes {self.action_dim} finite numbers.")
-        action = self.to_seven(action)                                # (7,)
-        before, self.count = self.tcp.copy(), self.count + 1
-        turn = np.clip(action[3:6], -MAX_TURN, MAX_TURN)
-        self.rpy = np.clip(self.rpy + turn, [-0.5, -0.5, -1.7], [0.5, 0.5, 1.7])         # the wrist's limits
+        actions = self.to_sevens(action)                              # (arms, 7)
+        before, working, self.count = [arm.tcp for arm in self.arms], self.arm, self.count + 1
+        for arm, turn in zip(self.arms, np.clip(actions[:, 3:6], -MAX_TURN, MAX_TURN)):
+            arm.rpy = np.clip(arm.rpy + turn, [-0.5, -0.5, -1.7], [0.5, 0.5, 1.7])       # the wrist's limits
         for part in range(1, 5):                                      # quarter steps: nothing is jumped over
-            last = self.tcp[:2]
-            self.tcp = np.clip(before + np.clip(action[:3], -MAX_DELTA, MAX_DELTA) * part / 4, *REACH)
-            self.move = self.tcp[:2] - last
-            self._carry()
-            self._push()
-        self._fingers(action[6] > 0.5)
+            for self.arm, delta in enumerate(np.clip(actions[:, :3], -MAX_DELTA, MAX_DELTA)):
+                last = self.tcp[:2]
+                self.tcp = np.clip(before[self.arm] + delta * part / 4, *REACH)
+                self.move = self.tcp[:2] - last
+                self._carry()
+                self._push()
+        for self.arm, opening in enumerate(actions[:, 6] > 0.5):
+            self._fingers(opening)
+        self.arm = working
+        done = [self._holds(goal) for goal in self.goals]
+        self.reached += [i for i, yes in enumerate(done) if yes and i not in self.reached]
+        now = (done + [False]).index(False)
+        if now not in (self.now, len(done)):                          # all done: it still faces the last one
+            self._face(now)
 
     def observe(self):
-        """The observation: images {view: uint8 (h, w, 3)}, state (8,) float32 (top of file), instruction.
+        """The observation: images {view: uint8 (h, w, 3)}, state (8,) float32 per arm (top of file),
+        instruction, embodiment.
 
         For methods that act in 3-D also {view: ...}: depth float32 (h, w) [m along the optical axis],
         intrinsics (3, 3) [pixels], extrinsics (4, 4): world to camera [m], x right, y down, z forward.
         """
-        roll, pitch, yaw = self.rpy
-        state = np.array([*self.tcp, roll, pitch, yaw, self.gap / 2, self.gap / 2], np.float32)
+        state = np.array([x for a in self.arms for x in (*a.tcp, *a.rpy, a.gap / 2, a.gap / 2)], np.float32)
         pictures = {v: self.picture(v) for v in self.views}
         cameras = {v: self.camera(v) for v in self.views}
         return {"images": {v: rgb for v, (rgb, _, _) in pictures.items()},
                 "depth": {v: depth for v, (_, depth, _) in pictures.items()},
                 "intrinsics": {v: c.intrinsics(self.h, self.w) for v, c in cameras.items()},
                 "extrinsics": {v: c.extrinsics() for v, c in cameras.items()},
-                "state": state, "instruction": self.instruction}
+                "state": state, "instruction": self.instruction, "embodiment": self.embodiment}
 
     def info(self):
-        """success, family, names of all things in the scene, of X and of Y ("": none), side, steps played."""
-        return {"success": self.success(), "family": self.family, "objects": [t.name for t in self.things],
-                "x": self.x.name, "y": self.y.name if self.y else "", "side": self.side, "steps": self.count}
+        """success, family, body, names of all things, of X and of Y ("": none), side, steps played."""
+        return {"success": self.success(), "family": self.family, "embodiment": self.embodiment,
+                "objects": [t.name for t in self.things], "x": self.x.name,
+                "y": self.y.name if self.y else "", "side": self.side, "steps": self.count}
 
     # -- the scene
-    def _draw_scene(self):
-        """Draw objects, containers, the task and its words; False when they do not fit."""
+    def _draw_scene(self, plan):
+        """Draw objects, containers and the goals, of these families; False when they do not fit."""
         rng, hard = self.rng, self.split == "hard"
         pairs = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT]
         picked = [pairs[i] for i in rng.permutation(len(pairs))[:rng.integers(3, 5)]]     # X, distractors
@@ -442,8 +506,9 @@ class Tabletop:
             return False
         if self.family == "side":                                     # X's twin
             picked = [picked[0]] + picked[:3]
-        bins = ["plate", "box"] if rng.random() < 0.25 else [("plate", "box")[rng.integers(2)]]
-        self.things = []
+        both = rng.random() < 0.25 or plan == ["put", "put"]
+        bins = ["plate", "box"] if both else [("plate", "box")[rng.integers(2)]]
+        self.things, self.goals = [], []
         for colour, shape in picked + [("", b) for b in bins]:
             radius = SHAPES[shape].radius if shape in SHAPES else CONTAINERS[shape]
             for _ in range(60):
@@ -454,36 +519,34 @@ class Tabletop:
                 return False
             yaw = rng.uniform(-0.3, 0.3) if shape in ("bar", "box") else rng.uniform(-np.pi, np.pi)
             self.things.append(Thing(colour, shape, xy, yaw))
-        return self._draw_task()
+        return all(self._draw_goal(family, thing) for family, thing in zip(plan, self.things))
 
-    def _draw_task(self):
-        """Choose X (things[0], or its twin), Y, the side and the words; False when the scene does not fit."""
-        rng, bins = self.rng, [t for t in self.things if not t.movable]
-        self.x, self.y, self.side = self.things[0], None, ""
-        if self.family in ("put", "side"):
-            self.y = bins[rng.integers(len(bins))]
-        if self.family == "stack":
-            self.y = self.things[1]
-        if self.family == "push":
-            self.side = ("left", "right")[rng.integers(2)]
-            if not self._corridor(self.x, self.side):
+    def _draw_goal(self, family, x):
+        """Choose Y, the side and the words for X (or its twin); False when the scene does not fit."""
+        rng, y, side = self.rng, None, ""
+        bins = [t for t in self.things if not t.movable and all(t is not goal.y for goal in self.goals)]
+        if family in ("put", "side"):
+            y = bins[rng.integers(len(bins))]
+        if family == "stack":
+            y = self.things[1]
+        if family == "push":
+            side = ("left", "right")[rng.integers(2)]
+            if not self._corridor(x, side):
                 return False
-        if self.family == "turn":
-            self.side = ("left", "right")[rng.integers(2)]
-        if self.family == "side":
+        if family == "turn":
+            side = ("left", "right")[rng.integers(2)]
+        if family == "side":
             first, second = self.things[:2]
             if abs(first.at[1] - second.at[1]) < 0.06:                # which is the left one must be visible
                 return False
-            self.side = ("left", "right")[rng.integers(2)]
-            self.x = max(first, second, key=lambda t: t.at[1] * (1 if self.side == "left" else -1))
-        phrases = PHRASES[self.family]
-        self.phrase = phrases[-1] if self.split == "hard" else phrases[rng.integers(len(phrases) - 1)]
-        self.instruction = self._words(self.x, self.side)
+            side = ("left", "right")[rng.integers(2)]
+            x = max(first, second, key=lambda t: t.at[1] * (1 if side == "left" else -1))
+        if len(self.starts) > 1 and abs(x.at[1]) < 0.02:              # and on which arm's side X lies
+            return False
+        phrases = PHRASES[family]
+        phrase = phrases[-1] if self.split == "hard" else phrases[rng.integers(len(phrases) - 1)]
+        self.goals.append(Goal(family, x, y, side, phrase))
         return True
-
-    def _words(self, x, side):
-        y = self.y.name if self.y else ""
-        return self.phrase.format(x=x.name, y=y, side=side, on="in" if y == "box" else "on")
 
     def _corridor(self, x, side):
         """Is there room to come from the other side and push x by 12 cm?"""
@@ -496,13 +559,15 @@ class Tabletop:
     def swap(self):
         """A control: change the instruction, not the task. It names another object of the scene instead of X.
 
-        In the families "turn" (only bars are turned) and "side" (equal objects) it names the other side.
+        In the families "turn" (only bars are turned) and "side" (equal objects) it names the other side. Of
+        two goals, the first is changed.
         """
-        if self.family in ("turn", "side"):
-            self.instruction = self._words(self.x, OTHER[self.side])
-            return
-        others = [t for t in self.things if t.movable and t.name != self.x.name and t is not self.y]
-        self.instruction = self._words(others[self.seed % len(others)], self.side)
+        goal, *rest = self.goals
+        others = [t for t in self.things if t.movable and t.name != goal.x.name and t is not goal.y
+                  and all(t is not later.x for later in rest)]
+        words = (goal.words(side=OTHER[goal.side]) if goal.family in ("turn", "side") else
+                 goal.words(others[self.seed % len(others)]))
+        self.instruction = ", then ".join([words, *(later.words() for later in rest)])
 
     # -- contact
     def _carry(self):
@@ -524,7 +589,7 @@ class Tabletop:
 
     def _push(self):
         """Objects give way to fingers, to what is held and to each other; containers stay."""
-        free = [t for t in self.things if t.movable and (self.held is None or t is not self.held[0])]
+        free = [t for t in self.things if t.movable and not self._in_hand(t)]
         moved = []
         for thing in free:
             for centre, radius, low in self._tools():
@@ -564,7 +629,7 @@ class Tabletop:
             return
         turn = rotation(0, 0, self.rpy[2])
         for thing in self.things:
-            if not thing.movable:
+            if not thing.movable or self._in_hand(thing):
                 continue
             local = (thing.at - self.tcp) @ turn                      # in the gripper's frame
             between = abs(local[1]) < self.gap / 2 and abs(local[0]) < 0.034
@@ -580,6 +645,9 @@ class Tabletop:
                 return
         self.gap = max(self.gap - FINGER_SPEED, 0.0)
 
+    def _in_hand(self, thing):
+        return any(arm.held is not None and arm.held[0] is thing for arm in self.arms)
+
     def _covered(self, thing):
         """Does another object lie on this one?"""
         return any(t is not thing and t.movable and t.at[2] > thing.at[2] + 0.01
@@ -589,45 +657,49 @@ class Tabletop:
         """Height [m] of what lies below the centre of `thing`."""
         below = 0.0
         for t in self.things:
-            if t is thing or (self.held is not None and t is self.held[0]) or t.top > thing.at[2] + 0.02:
+            if t is thing or self._in_hand(t) or t.top > thing.at[2] + 0.02:
                 continue
             if (not t.movable or SHAPES[t.shape].flat) and t.carries(thing.at):
                 below = max(below, t.top)
         return below
 
     def success(self):
-        """Is the task's predicate true of the present state?
+        """Is the task's predicate true of the present state? (Of two goals: both, reached in this order.)
 
         pick: X is held, 5 cm above the table. All others want X released: push: 6 cm further to the side, not
         lifted, less than 5 cm off the line; turn: by 0.7 rad, on the table; put, stack, side: it lies on Y.
         """
-        x, y, held = self.x, self.y, self.held is not None and self.held[0] is self.x
-        (x0, yaw0), s = self.start[id(x)], 1 if self.side == "left" else -1
-        if self.family == "pick":
+        return self.reached == sorted(self.reached) and all(self._holds(goal) for goal in self.goals)
+
+    def _holds(self, goal):
+        family, x, y, side, _ = goal
+        held, (x0, yaw0), s = self._in_hand(x), self.start[id(x)], 1 if side == "left" else -1
+        if family == "pick":
             return bool(held and x.at[2] > 0.05)
         if held:
             return False
-        if self.family == "push":
+        if family == "push":
             moved = x.at - x0
             return bool(moved[1] * s > 0.06 and abs(moved[0]) < 0.05 and not self.lifted)
-        if self.family == "turn":
+        if family == "turn":
             turned = (x.yaw - yaw0 + np.pi) % (2 * np.pi) - np.pi
             return bool(turned * s > 0.7 and x.at[2] < 0.01)
         return bool(abs(x.at[2] - y.top) < 0.004 and y.carries(x.at))
 
     # -- pictures
     def camera(self, view):
-        """The Camera of a view ("third" or "wrist"), as it stands now."""
-        if view not in VIEWS:
-            raise ValueError(f"view {view!r}: the tabletop knows {', '.join(VIEWS)}.")
+        """The Camera of a view ("third", "wrist", or two arms' "left_wrist"), as it stands now."""
+        if view not in (known := VIEWS[:1 + len(self.starts)]):
+            raise ValueError(f"view {view!r}: the tabletop knows {', '.join(known)}.")
         if view == "third":
             return self.third
-        turn = rotation(*self.rpy)
-        eye, target = (self.tcp + turn @ np.array(at) for at in ([-0.085, 0.0, 0.050], [-0.004, 0.0, -0.030]))
+        arm = self.arms[view == "left_wrist"]
+        turn = rotation(*arm.rpy)
+        eye, target = (arm.tcp + turn @ np.array(at) for at in ([-0.085, 0.0, 0.050], [-0.004, 0.0, -0.030]))
         return Camera.look_at(eye, target, 1.3, up=turn @ np.array([1.0, 0, 0.2]))
 
     def parts(self):
-        """What there is to draw, for `render`; owner = index into self.things, 100 = the gripper."""
+        """What there is to draw, for `render`; owner = index into self.things, 100 + i = the i-th arm."""
         parts = []
         for i, t in enumerate(self.things):
             turn = rotation(0, 0, t.yaw)
@@ -639,11 +711,12 @@ class Tabletop:
             else:
                 parts += [(i, solid, turn, t.at + turn @ np.array(at), NEUTRAL["box"])
                           for solid, at in BOX_PARTS]
-        turn = rotation(*self.rpy)
-        for solid, at, colour in ((FINGER_SOLID, (0, self.gap / 2 + 0.007, 0.022), FINGER),
-                                  (FINGER_SOLID, (0, -self.gap / 2 - 0.007, 0.022), FINGER),
-                                  (PALM_SOLID, (0, 0, 0.066), STEEL), (STEM_SOLID, (0, 0, 0.135), STEEL)):
-            parts.append((100, solid, turn, self.tcp + turn @ np.array(at), colour))
+        for i, (arm, (steel, finger)) in enumerate(zip(self.arms, ARM_COLOURS)):
+            turn = rotation(*arm.rpy)
+            for solid, at, colour in ((FINGER_SOLID, (0, arm.gap / 2 + 0.007, 0.022), finger),
+                                      (FINGER_SOLID, (0, -arm.gap / 2 - 0.007, 0.022), finger),
+                                      (PALM_SOLID, (0, 0, 0.066), steel), (STEM_SOLID, (0, 0, 0.135), steel)):
+                parts.append((100 + i, solid, turn, arm.tcp + turn @ np.array(at), colour))
         return parts
 
     def picture(self, view, h=None, w=None):
@@ -683,7 +756,8 @@ def _grasp(env, x):
 def _release(env, x, y):
     """Carry x over y and let go."""
     off = np.hypot(*(y.at[:2] - x.at[:2]))
-    rim = {"box": BOX_WALL}.get(y.shape, y.top)
+    others = [goal.x.top for goal in env.goals if goal.x is not x]    # of another goal: to be left alone
+    rim = max([{"box": BOX_WALL}.get(y.shape, y.top), *others])
     goal = env.tcp[:2] + (y.at[:2] - x.at[:2])
     low = y.top + 0.006 + env.tcp[2] - x.at[2]                        # gripper's z with x just above y
     if off > 0.012:
@@ -725,21 +799,37 @@ def _spin(env, x, side):
     return _toward(env, env.tcp[:2], env.tcp[2], 1, yaw), f"release the {x.name}"
 
 
-def expert(env):
-    """The scripted expert: (action (7,) float64, sub-task sentence) for the present state of `env`."""
-    x = env.x
+def _work(env):
+    """What the working arm does for the present goal: (action (7,), sub-task sentence)."""
+    family, x, y, side, _ = env.goals[env.now]
     held = env.held is not None and env.held[0] is x
     if env.success():                                                 # afterwards: move away, or hold it up
-        if env.family == "pick":
+        if family == "pick":
             return _toward(env, env.tcp[:2], min(env.tcp[2] + 0.02, 0.20), 0), f"hold the {x.name}"
-        return _toward(env, env.tcp[:2], HOVER + 0.03, env.family != "push", env.rpy[2]), "move away"
-    if env.family == "pick":
+        return _toward(env, env.tcp[:2], HOVER + 0.03, family != "push", env.rpy[2]), "move away"
+    for done in (goal.x for goal in env.goals[:env.now]):             # fingers are still around it: leave it
+        if np.hypot(*(done.at - env.tcp)[:2]) < 0.03 and env.tcp[2] < done.top + 0.03 and env.held is None:
+            return _toward(env, env.tcp[:2], HOVER, 1), "move away"
+    if family == "pick":
         return (_toward(env, env.tcp[:2], 0.16, 0), f"lift the {x.name}") if held else _grasp(env, x)
-    if env.family == "push":
-        return _shove(env, x, env.side)
-    if env.family == "turn":
-        return _spin(env, x, env.side)
-    return _release(env, x, env.y) if held else _grasp(env, x)
+    if family == "push":
+        return _shove(env, x, side)
+    if family == "turn":
+        return _spin(env, x, side)
+    return _release(env, x, y) if held else _grasp(env, x)
+
+
+def expert(env):
+    """The scripted expert: (action float64, (7,) per arm; sub-task sentence) for the present state of `env`.
+
+    Of two goals the sentence is the present one itself, and "" when both are reached.
+    """
+    action, sentence = _work(env)
+    if len(env.goals) > 1:
+        sentence = "" if env.success() else env.goals[env.now].words()
+    # an arm without work stays where it is, open; after work it rises first
+    waiting = [np.array([0, 0, np.clip(HOVER - arm.tcp[2], 0, 0.04), 0, 0, 0, 1.0]) for arm in env.arms]
+    return np.concatenate(waiting[:env.arm] + [action] + waiting[env.arm + 1:]), sentence
 
 
 # ---- Episodes of the expert, with mistakes to recover from ------------------------------------------------
@@ -759,7 +849,7 @@ def disturb(env, rng):
         env.tcp = np.array([*(env.x.at[:2] + rng.normal(0, 0.03, 2)), rng.uniform(0.03, 0.10)])
         env.gap = rng.choice([0.0, MAX_GAP])
     elif kind < 0.60:                                                 # holding X, or another object
-        movable = [t for t in env.things if t.movable]
+        movable = [t for t in env.things if t.movable and all(t is not goal.x for goal in env.goals[1:])]
         thing = env.x if rng.random() < 0.7 else movable[rng.integers(len(movable))]
         env.tcp = np.array([*thing.at[:2], thing.at[2] + SHAPES[thing.shape].height * 0.45])
         env.gap = SHAPES[thing.shape].width
@@ -773,21 +863,21 @@ def disturb(env, rng):
 
 
 def record_episode(seed, families=DEFAULT_FAMILIES, split="train", views=("third",), image_size=64,
-                   clean=False):
+                   clean=False, embodiment="gripper"):
     """One episode of the expert, recoveries included (`clean`: none), as arrays of N frames.
 
     The arguments are those of Tabletop and its `reset`. Returns a dict:
     images      {view: uint8 (N, h, w, 3)}
-    state       float32 (N, 8)
+    state       float32 (N, 8)        per arm, as the next two
     actions     float32 (N, 7)        what the expert would do at each frame
     executed    float32 (N, 7)        what was done; it differs where the arm was bumped
-    subtasks    N strings             what the expert is doing
+    subtasks    N strings             what the expert is doing (of two goals: see `expert`)
     waypoints   float32 (N, 5, 2)     x right, y down, [0, 1] of the third-person picture (beyond: outside):
                                       X's middle at contact (or now, if that is past) and four later points of
-                                      its path, equally spaced in time, the last at the end of the episode
-    instruction, family, success, seed
+                                      its path, equally spaced in time, the last as its goal is reached
+    instruction, family, success, seed, embodiment
     """
-    env = Tabletop(families, split, views, image_size)
+    env = Tabletop(families, split, views, image_size, embodiment)
     env.lay_out(seed)
     rng = np.random.default_rng([VERSION, seed, 1])
     if not clean:
@@ -798,38 +888,45 @@ def record_episode(seed, families=DEFAULT_FAMILIES, split="train", views=("third
         seen = env.observe()
         action, subtask = expert(env)
         done = action.copy()
-        bump = bump - 1 if bump else 2 * (not clean and rng.random() < BUMP)
+        bump, own = bump - 1 if bump else 2 * (not clean and rng.random() < BUMP), done[7 * env.arm:]
         if bump:                                                      # a push; one in ten: the gripper too
-            done[:3] += rng.normal(0, 0.02, 3)
-            done[6] = 1 - done[6] if rng.random() < 0.1 else done[6]
+            own[:3] += rng.normal(0, 0.02, 3)
+            own[6] = 1 - own[6] if rng.random() < 0.1 else own[6]
         for v in views:
             frames[v].append(seen["images"][v])
         states.append(seen["state"])
         actions.append(action)
         executed.append(done)
         subtasks.append(subtask)
-        path.append(env.x.at + [0, 0, SHAPES[env.x.shape].height / 2])
+        path.append((env.now, env.x.at + [0, 0, SHAPES[env.x.shape].height / 2]))
         env.advance(done)
         left -= bool(env.success() or left < AFTER)
-    N, path = len(actions), np.array(path)                            # (N, 3)
-    moved = np.linalg.norm(path - path[0], axis=1) > 0.004
-    contact = int(moved.argmax()) if moved.any() else N - 1
-    spots = [np.linspace(max(t, contact), N - 1, 5).round().astype(int) for t in range(N)]
     aspect = env.w / env.h
-    waypoints = env.third.project(path[np.array(spots)], 1, aspect) / [aspect, 1]           # (N, 5, 2)
+    parts = [np.array([at for _, at in part]) for _, part in groupby(path, lambda step: step[0])]
+    points = np.concatenate([_waypoints(part) for part in parts])                           # (N, 5, 3)
+    waypoints = env.third.project(points, 1, aspect) / [aspect, 1]                          # (N, 5, 2)
     return {"images": {v: np.stack(frames[v]) for v in views}, "state": np.array(states, np.float32),
             "actions": np.array(actions, np.float32), "executed": np.array(executed, np.float32),
             "instruction": env.instruction, "family": env.family, "subtasks": subtasks,
-            "waypoints": waypoints.astype(np.float32), "success": env.success(), "seed": seed}
+            "waypoints": waypoints.astype(np.float32), "success": env.success(), "seed": seed,
+            "embodiment": embodiment}
 
 
-def recordings(source, families=DEFAULT_FAMILIES, split="eval", episodes=200):
-    """(families, split, episode) of up to `episodes` recordings, where episode has seed, executed, state.
+def _waypoints(path):
+    """What lies ahead at each step of a path (n, 3): the contact and four points after it, (n, 5, 3)."""
+    moved, n = np.linalg.norm(path - path[0], axis=1) > 0.004, len(path)
+    contact = int(moved.argmax()) if moved.any() else n - 1
+    return path[np.array([np.linspace(max(t, contact), n - 1, 5).round().astype(int) for t in range(n)])]
+
+
+def recordings(source, families=DEFAULT_FAMILIES, split="eval", episodes=200, embodiment="gripper"):
+    """(families, split, episode) of up to `episodes` recordings; episode: seed, executed, state, embodiment.
 
     source: "tabletop" (the expert, recorded now), or the folder of a set that data.py made.
     """
     if source == "tabletop":
-        return ((families, split, record_episode(s, families, split, ())) for s in seeds(split, episodes))
+        record = partial(record_episode, families=families, split=split, views=(), embodiment=embodiment)
+        return ((families, split, record(seed)) for seed in seeds(split, episodes))
     from data import Episodes                                         # not above: data.py needs this file
     made = Episodes(source)
     about = made.made_from
@@ -837,7 +934,8 @@ def recordings(source, families=DEFAULT_FAMILIES, split="eval", episodes=200):
         raise ValueError(f"{source} was recorded in version {about['simulator']} of the simulator, this is "
                          f"version {VERSION}: make the set again (python data.py --make).")
     chosen = range(min(episodes, len(made.episodes)))
-    return ((about["families"], about["split"], made.recording(i)) for i in chosen)
+    return ((about["families"], about["split"], {**made.recording(i), "embodiment": made.embodiment})
+            for i in chosen)
 
 
 def replay(recorded):
@@ -848,7 +946,7 @@ def replay(recorded):
     """
     rows, worst = [], 0.0
     for families, split, episode in recorded:
-        env = Tabletop(families, split, ())
+        env = Tabletop(families, split, (), embodiment=episode["embodiment"])
         env.lay_out(episode["seed"])
         disturb(env, np.random.default_rng([VERSION, episode["seed"], 1]))
         for action, state in zip(episode["executed"], episode["state"]):
@@ -865,6 +963,11 @@ NO_MODEL = ("random", "expert")  # controls that act without one
 FILM = 192                       # pixels per side of an episode in film.gif
 
 
+def dataset_name(embodiment="gripper"):
+    """What the recordings of a body, and their statistics, are called: tabletop, tabletop_dual."""
+    return "tabletop" + f"_{embodiment}" * (embodiment != "gripper")
+
+
 def wilson(k, n, z=1.96):
     """The 95 % Wilson interval of k successes in n episodes, (low, high) in [0, 1]."""
     if n == 0:
@@ -874,9 +977,9 @@ def wilson(k, n, z=1.96):
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def _world(seed, family, split, control, views, size):
+def _world(seed, family, split, control, *settings):
     """An environment at the start of an evaluation episode."""
-    env = Tabletop((family,), split, views, size)
+    env = Tabletop((family,), split, *settings)
     env.lay_out(seed)
     if control == "swap":
         env.swap()
@@ -892,37 +995,44 @@ def _look(env, control):
 
 
 def run_wave(jobs, model, method, split, control="", unnorm_key=None, execute=None, film=None,
-             tick=lambda: None, **act):
+             tick=lambda: None, embodiment="gripper", **act):
     """Play the episodes `jobs` = [(seed, family), ...] side by side; model None: control random or expert.
 
     film: a dict that collects the first episode of each family, {family: (instruction, pictures, success)}.
     tick: called when an episode ends. act: more keywords for model.act. Returns a dict per episode, in the
     order they end: task, seed, success, steps, instruction (what the policy was told), parse_failed (how many
-    unreadable outputs), seconds (since the wave began: its episodes share the machine).
+    unreadable outputs), seconds (since the wave began: its episodes share the machine). Of a model that says
+    what it does (info["subtasks"]) also said, [right, all]; of two goals: goals, reached (see Tabletop)
+    and, of a model that says when it is done (info["finished"]), finished: asked after the success.
     """
     begin, most = time.time(), np.array([MAX_DELTA] * 3 + [MAX_TURN] * 3)
     views, size = ((), 64) if model is None else (model.cfg.views, model.cfg.image_size)
-    envs = [_world(seed, family, split, control, views, size) for seed, family in jobs]
+    envs = [_world(seed, family, split, control, views, size, embodiment) for seed, family in jobs]
     policies = [method.Policy(model, unnorm_key=unnorm_key, execute=execute) for _ in jobs] if model else []
     chance = [np.random.default_rng([env.seed, 3]) for env in envs]
     first = {family: i for i, (_, family) in reversed([*enumerate(jobs)])}                  # of each family
     frames = {i: [] for family, i in first.items() if film is not None and family not in film}
-    rows, failed, live = [], [0] * len(envs), list(range(len(envs)))
+    rows, failed, said, live = [], [0] * len(envs), [[] for _ in envs], list(range(len(envs)))
     while live:
         need = [i for i in live if policies and policies[i].needs_chunk]
         seen, chunks = {i: _look(envs[i], control) for i in need}, {}
         if need:
             out, info = model.act([policies[i].ask(seen[i]) for i in need], unnorm_key=unnorm_key, **act)
             chunks = dict(zip(need, out))                              # (T, A) each
+            if any(info.get("subtasks", ())):
+                for i, sentence in zip(need, info["subtasks"]):
+                    said[i].append(sentence == expert(envs[i])[1])
             for i, bad in zip(need, info.get("parse_failed", [])):
                 failed[i] += bool(bad)
                 policies[i].parse_failed = bool(bad)                   # vla0's averages no such chunk
         for i in list(live):
             env = envs[i]
             if policies:                                              # no picture: its queue is not empty
-                action = policies[i].step(seen.get(i, {"instruction": env.instruction}), chunks.get(i))
+                blind = {"instruction": env.instruction, "embodiment": embodiment}
+                action = policies[i].step(seen.get(i, blind), chunks.get(i))
             elif control == "random":
-                action = np.append(chance[i].uniform(-most, most), chance[i].random() < 0.5)
+                action = np.concatenate([np.append(chance[i].uniform(-most, most), chance[i].random() < 0.5)
+                                         for _ in env.arms])
             else:
                 action = expert(env)[0]
             if i in frames:
@@ -935,6 +1045,13 @@ def run_wave(jobs, model, method, split, control="", unnorm_key=None, execute=No
             rows.append({"task": env.family, "seed": env.seed, "success": env.success(), "steps": env.count,
                          "instruction": env.instruction, "parse_failed": failed[i],
                          "seconds": round(time.time() - begin, 2)})
+            if said[i]:
+                rows[-1]["said"] = [sum(said[i]), len(said[i])]
+            if len(env.goals) > 1:
+                rows[-1] |= {"goals": [goal.family for goal in env.goals], "reached": env.reached}
+                if policies and env.success():
+                    info = model.act([policies[i].ask(_look(env, control))], unnorm_key=unnorm_key, **act)[1]
+                    rows[-1] |= {"finished": bool(end) for end in info.get("finished", ())}
             if i in frames:
                 end = [env.picture("third", FILM, FILM)[0]] * 3       # a longer look
                 film[env.family] = (env.instruction, frames[i] + end, env.success())
@@ -944,20 +1061,25 @@ def run_wave(jobs, model, method, split, control="", unnorm_key=None, execute=No
 
 def evaluate(model, method, families=DEFAULT_FAMILIES, episodes=200, split="eval", start=0, batch=64,
              control="", unnorm_key=None, execute=None, seed=0, out=None, progress=True, checkpoint=None,
-             **act):
+             embodiment="gripper", **act):
     """Closed-loop success of `model` over `episodes` unseen episodes; `families` take turns.
 
     model, method: a model and its module; may be None with control "random" or "expert". start: the split's
     first episode to play. batch: episodes side by side. control: "swap" (the instruction names something
     else), "blank" (black pictures), "random", "expert". seed: of torch's generator, for the model's noise
-    (which episode gets which depends on `batch`). out: folder for results.json and film.gif (with a control:
-    results-CONTROL.json). checkpoint: what the results should say of it, as from `origin`. act: more keywords
-    for model.act. Returns what results.json holds: success and its interval (Wilson, 95 %), the same for each
-    task, every episode, settings, versions. ValueError, before the first episode, for what does not fit.
+    (which episode gets which depends on `batch`). out: folder for results.json and film.gif (with another
+    body or a control: results-BODY-CONTROL.json). checkpoint: what the results should say of it, as from
+    `origin`. embodiment: one of BODIES; unnorm_key, if not given: with another than the first, or where the
+    model has several statistics, `dataset_name`. act: more keywords for model.act. Returns what results.json
+    holds: success and its interval (Wilson, 95 %), the same for each task, every episode, settings, versions.
+    ValueError, before the first episode, for what does not fit.
     """
     from tqdm import tqdm
-    model = None if control in NO_MODEL else model
-    _check(model, method, families, episodes, split, batch, control, unnorm_key, execute)
+    model, name = None if control in NO_MODEL else model, dataset_name(embodiment)
+    if unnorm_key is None and model is not None:
+        several = len(model.stats or ()) > 1 and name in model.stats
+        unnorm_key = name if embodiment != BODIES[0] or several else None
+    _check(model, method, families, episodes, split, batch, control, unnorm_key, execute, embodiment)
     if out:
         claim(out)
     if model is not None:
@@ -971,18 +1093,19 @@ def evaluate(model, method, families=DEFAULT_FAMILIES, episodes=200, split="eval
     with tqdm(total=episodes, desc=label, disable=not progress) as bar:
         for i in range(0, episodes, batch):
             rows += run_wave(jobs[i:i + batch], model, method, split, control, unnorm_key, execute, film,
-                             bar.update, **act)
+                             bar.update, embodiment, **act)
     rows = [{"episode": numbers[r["seed"]], **r} for r in sorted(rows, key=lambda r: r["seed"])]
     results = {"suite": "tabletop", "version": VERSION, "split": split, "families": list(families),
-               "control": control, "seed": seed, "batch": batch, "execute": execute, "unnorm_key": unnorm_key,
-               **summary(rows, families), "seconds": round(time.time() - begin, 1), "checkpoint": checkpoint,
+               "embodiment": embodiment, "control": control, "seed": seed, "batch": batch, "execute": execute,
+               "unnorm_key": unnorm_key, **summary(rows, families),
+               "seconds": round(time.time() - begin, 1), "checkpoint": checkpoint,
                "made_with": made_with(getattr(model, "device", "cpu")), "episodes": rows}
     if out:
         save(results, film, Path(out))
     return results
 
 
-def _check(model, method, families, episodes, split, batch, control, unnorm_key, execute):
+def _check(model, method, families, episodes, split, batch, control, unnorm_key, execute, embodiment):
     """Everything that can be wrong is wrong now, not after the first bar."""
     if control and control not in CONTROLS:
         raise ValueError(f"control={control!r}: choose one of {', '.join(CONTROLS)}.")
@@ -990,24 +1113,41 @@ def _check(model, method, families, episodes, split, batch, control, unnorm_key,
         raise ValueError("there is no model to evaluate; without one, control is random or expert.")
     if episodes < 1 or batch < 1:
         raise ValueError(f"episodes={episodes}, batch={batch}: both must be at least 1.")
+    if embodiment not in BODIES:
+        raise ValueError(f"embodiment={embodiment!r}: episodes are played by {' or '.join(BODIES)}.")
     Tabletop(families, split)
     if model is not None:
         from common import pick_stats
-        Tabletop(families, split, model.cfg.views, model.cfg.image_size)
+        Tabletop(families, split, model.cfg.views, model.cfg.image_size, embodiment)
         if method.PREDICTS == "actions":
             pick_stats(model.stats, unnorm_key)
         method.Policy(model, unnorm_key=unnorm_key, execute=execute)
 
 
 def summary(rows, families):
-    """Rates with their Wilson intervals: over all rows, and per family."""
+    """Rates with their Wilson intervals: over all rows, and per family; of two goals also the order."""
     def rate(rows):
         wins = sum(r["success"] for r in rows)
         return {"success": wins / max(len(rows), 1), "interval": wilson(wins, len(rows))}
     by_task = {f: [r for r in rows if r["task"] == f] for f in families}
     return {**rate(rows), "tasks": {f: {**rate(mine), "episodes": len(mine)} for f, mine in by_task.items()},
             "mean_steps": round(float(np.mean([r["steps"] for r in rows])), 1),
-            "parse_failed": sum(r["parse_failed"] for r in rows)}
+            "parse_failed": sum(r["parse_failed"] for r in rows), **_decomposition(rows)}
+
+
+def _decomposition(rows):
+    """Of two goals: shares of episodes that reach the first, both, and of these in order; of the successes of
+    a model that says when it is done: where it does. Of a model that names sub-tasks: those right."""
+    def share(found):
+        return float(np.mean(found)) if len(found) else 0.0
+    pairs, out = [r for r in rows if "reached" in r], {}
+    said, ended = [r["said"] for r in rows if "said" in r], [r["finished"] for r in pairs if "finished" in r]
+    if pairs:
+        out["goals"] = {"first": share([0 in r["reached"] for r in pairs]),
+                        "both": share([len(r["reached"]) == 2 for r in pairs]),
+                        "in_order": share([r["reached"] == [0, 1] for r in pairs if len(r["reached"]) == 2])}
+        out["goals"] |= {"finished": share(ended)} if ended else {}
+    return out | ({"subtasks_right": float(np.divide(*np.sum(said, axis=0)))} if said else {})
 
 
 def origin(ckpt):
@@ -1054,9 +1194,9 @@ def claim(out):
 
 
 def save(results, film, out):
-    """results.json (whole or absent) and film.gif in the folder `out`; `-CONTROL` joins their names."""
+    """results.json (whole or absent) and film.gif in `out`; another body and the control join their names."""
     from common import atomic_write, write_json
-    tail = f"-{results['control']}" if results["control"] else ""
+    tail = "".join(f"-{x}" for x in (results["embodiment"], results["control"]) if x not in ("", BODIES[0]))
     try:
         write_json(out / f"results{tail}.json", results)
         atomic_write(out / f"film{tail}.gif", lambda part: write_film(film, part))
@@ -1084,7 +1224,7 @@ def write_film(film, path):
 
     film: {family: (instruction, list of uint8 (FILM, FILM, 3), success)}.
     """
-    film = {family: film[family] for family in FAMILIES if family in film}
+    film = {family: film[family] for family in FAMILIES + PAIRS if family in film}
     length = max(len(frames) for _, frames, _ in film.values())
     pages = []
     for k in range(length):
@@ -1102,7 +1242,8 @@ def write_film(film, path):
 
 def print_table(results):
     """The results of `evaluate`, a line per task family."""
-    control = f", control: {results['control']}" if results["control"] else ""
+    control = f", body {results['embodiment']}" if results["embodiment"] != BODIES[0] else ""
+    control += f", control: {results['control']}" if results["control"] else ""
     print(f"\n{'task':<8} {'success':>8} {'95 % interval':>16} {'episodes':>9}   "
           f"tabletop, split {results['split']}{control}")
     rows = [*results["tasks"].items(), ("mean", results | {"episodes": len(results["episodes"])})]
@@ -1110,7 +1251,11 @@ def print_table(results):
         low, high = r["interval"]
         print(f"{name:<8} {r['success']:>7.1%} {f'{low:.1%} .. {high:.1%}':>16} {r['episodes']:>9}")
     print(f"mean steps {results['mean_steps']}, {results['seconds']} s"
-          + (f", {results['parse_failed']} unreadable outputs" if results["parse_failed"] else ""))
+          + (f", {results['parse_failed']} unreadable outputs" if results["parse_failed"] else "")
+          + (f", sub-tasks right {results['subtasks_right']:.1%}" if "subtasks_right" in results else ""))
+    if "goals" in results:
+        shares = (f"{what.replace('_', ' ')} {rate:.1%}" for what, rate in results["goals"].items())
+        print(f"two goals: {', '.join(shares)}")
 
 
 # ---- Command line -----------------------------------------------------------------------------------------
@@ -1131,8 +1276,9 @@ def flags():
 
     sim = p.add_argument_group("simulator")
     sim.add_argument("--sim", choices=("tabletop",), default="tabletop", help="which simulator")
-    sim.add_argument("--families", help=f"all, or some of {','.join(FAMILIES)} (default: "
-                     f"{','.join(DEFAULT_FAMILIES)})")
+    sim.add_argument("--families", help=f"all, or some of {','.join(FAMILIES + PAIRS)} (default: "
+                     f"{','.join(DEFAULT_FAMILIES)}; all: the six of one goal)")
+    sim.add_argument("--body", choices=BODIES, help="gripper (default): one arm; dual: two")
     sim.add_argument("--split", choices=SPLITS, help="eval (default): unseen scenes; hard: also unseen "
                      "colour-shape pairs, phrasings and camera pose")
     sim.add_argument("--episodes", type=within(1, 10**6), default=200, help="how many (default: 200)")
@@ -1158,7 +1304,7 @@ def parse(argv=None):
     policy = ("model", "preset", "unnorm_key", "execute", "tokenizer", "seed", "device", "attn")
     if a.replay:
         run, idle = f"--replay {a.replay}", ("ckpt", "control", "batch", "out", *policy)
-        idle += () if a.replay == "tabletop" else ("families", "split")
+        idle += () if a.replay == "tabletop" else ("families", "split", "body")
     else:
         run, idle = f"--control {a.control}", policy if a.control in NO_MODEL else ()
     for name in idle:
@@ -1168,7 +1314,7 @@ def parse(argv=None):
         raise ValueError("--ckpt is missing: which checkpoint should be evaluated? (Only --replay and "
                          f"--control {' or '.join(NO_MODEL)} need none.)")
     for name, default in (("split", "eval"), ("batch", 64), ("seed", 0), ("device", "auto"), ("attn", "auto"),
-                          ("control", ""), ("families", ",".join(DEFAULT_FAMILIES))):
+                          ("control", ""), ("families", ",".join(DEFAULT_FAMILIES)), ("body", BODIES[0])):
         setattr(a, name, default if getattr(a, name) is None else getattr(a, name))
     a.families = FAMILIES if a.families == "all" else tuple(dict.fromkeys(a.families.split(",")))
     Tabletop(a.families, a.split)                                     # an unknown family is an error here
@@ -1199,7 +1345,7 @@ def main(argv=None):
     a = parse(argv)
     if a.replay:
         from tqdm import tqdm
-        recorded = recordings(a.replay, a.families, a.split, a.episodes)
+        recorded = recordings(a.replay, a.families, a.split, a.episodes, a.body)
         rows, worst = replay(tqdm(recorded, desc="replay", unit="episode"))
         print(f"replayed {len(rows)} recorded episodes: {sum(r['success'] for r in rows)} succeed, "
               f"largest state error {worst:.1e}")
@@ -1209,10 +1355,12 @@ def main(argv=None):
     claim(out)
     model = None if a.control in NO_MODEL else load(a, method)
     checkpoint = None if model is None else origin(a.ckpt)
-    print(f"{a.episodes} episodes of {', '.join(a.families)}; split {a.split}; {a.batch} side by side")
+    print(f"{a.episodes} episodes of {', '.join(a.families)}; body {a.body}; split {a.split}; {a.batch} side "
+          "by side")
     for control in ("", "swap", "blank", "random") if a.control == "all" else (a.control,):
         results = evaluate(model, method, a.families, a.episodes, a.split, 0, a.batch, control, a.unnorm_key,
-                           a.execute, a.seed, out, checkpoint=None if control in NO_MODEL else checkpoint)
+                           a.execute, a.seed, out, checkpoint=None if control in NO_MODEL else checkpoint,
+                           embodiment=a.body)
         print_table(results)
     print(f"results and film in {out}")
 

@@ -132,7 +132,7 @@ def parse(argv):
     args.lora = args.lora or getattr(cfg, "lora", 0)
     if not args.data:
         raise ValueError(f"--data is missing: {args.model} {args.preset} has no default data set.")
-    tabletop = args.data.partition(":")[0] == data.NAME
+    tabletop = bool(data.tabletop_sets(args.data))
     for name in ("eval_episodes", "cache", "data_episodes"):
         if getattr(args, name) and not tabletop and os.path.exists(args.data.partition(":")[0]):
             raise ValueError(f"--{name.replace('_', '-')} is for the tabletop; the data is {args.data}.")
@@ -424,7 +424,8 @@ def held_out(dataset, n, batch, prepare, collate, rank, world):
 def validate(wrapped, batches, device, precision, predicts):
     """Loss, and the mean |predicted - recorded| of each dim of sample[predicts] (open loop); all ranks."""
     step = wrapped.module if isinstance(wrapped, nn.parallel.DistributedDataParallel) else wrapped
-    loss_sum, seen, error, entries = 0.0, 0, 0.0, 0
+    loss_sum, seen, wide = 0.0, 0, max(part[0][predicts].shape[1] for _, part, _ in batches)
+    error, entries = torch.zeros(2, wide, dtype=torch.float64)     # of each dim; some bodies have fewer
     wrapped.eval()
     with torch.random.fork_rng(devices=[]):                    # the run's own draws stay as they are
         torch.manual_seed(0)
@@ -436,15 +437,16 @@ def validate(wrapped, batches, device, precision, predicts):
             mask = torch.ones(target.shape[:2], dtype=torch.bool)                          # (B, T)
             if predicts == "actions":
                 mask = torch.stack([torch.from_numpy(s["loss_mask"]) for s in samples])
-            error = error + ((chunks - target).abs() * mask[..., None]).sum((0, 1)).double()   # (A,)
-            seen, entries = seen + len(samples), entries + mask.sum().item()
+            A, seen = chunks.shape[2], seen + len(samples)
+            error[:A] += ((chunks - target).abs() * mask[..., None]).sum((0, 1))           # (A,)
+            entries[:A] += mask.sum()
     wrapped.train()
     if isinstance(step, FSDPModule):                           # without a backward pass the root stays whole,
         step.reshard()                                         # and the next step would use these weights
-    total = torch.cat([torch.tensor([loss_sum, seen, entries], dtype=torch.float64), error])
+    total = torch.cat([torch.tensor([loss_sum, seen], dtype=torch.float64), error, entries])
     if dist.is_initialized():
         dist.all_reduce(total)
-    error = (total[3:] / total[2]).tolist()
+    error = (total[2:2 + wide] / total[2 + wide:]).tolist()
     return {"val_loss": (total[0] / total[1]).item(), f"val_{predicts[:-1]}_error": error}
 
 
@@ -716,13 +718,13 @@ def dry_run(say, wrapped, model, item, trainable, device, precision, args, cfg, 
 
 
 def closed_loop(args, module, attn, device):
-    """Let the checkpoint drive in the simulator: success per task, and a film."""
-    named = args.data.partition(":")[2]
-    families = {"": eval_sim.DEFAULT_FAMILIES, "all": eval_sim.FAMILIES}.get(named, tuple(named.split(",")))
+    """Let the checkpoint drive the data's bodies in the simulator: success per task, and a film."""
     model = module.from_pretrained(args.out / "last", attn=attn, device=device)
-    results = eval_sim.evaluate(model, module, families, args.eval_episodes, out=args.out / "eval",
-                                checkpoint=eval_sim.origin(args.out / "last"))
-    eval_sim.print_table(results)
+    for body, families in data.tabletop_sets(args.data) or [("gripper", None)]:
+        results = eval_sim.evaluate(model, module, families or eval_sim.DEFAULT_FAMILIES, args.eval_episodes,
+                                    out=args.out / "eval", checkpoint=eval_sim.origin(args.out / "last"),
+                                    embodiment=body)
+        eval_sim.print_table(results)
     print(f"film: {args.out / 'eval' / 'film.gif'}   every episode: {args.out / 'eval' / 'results.json'}")
 
 
@@ -770,6 +772,8 @@ def run(cleanup, args, module, cfg, found):
     train, val = open_data(args, cfg, module.PREDICTS)
     stats = data.dataset_statistics(train)
     tokenizer = module.load_tokenizer(cfg, found or (args.init and Path(args.init)))
+    if hasattr(module, "fit") and not found:
+        module.fit(cfg, tokenizer, train, stats)
     common.seed_everything(cfg.seed)                           # the same first weights on every rank
     model = build(module, cfg, args, tokenizer, stats, attn, found)
     wrapped = wrap(model, args, device, dtype, world).train()

@@ -1,5 +1,6 @@
 """data.py: the sample format, the generated tabletop set, users' datasets, the sampler and the loader."""
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -93,6 +94,75 @@ def test_what_follows_a_bump_does_not_count(small):
             assert small.sample(episode, at - 1)["loss_mask"].tolist() == want
             bumps += 1
     assert bumps
+
+
+@pytest.fixture(scope="module")
+def dual(tmp_path_factory):
+    return data.tabletop(episodes=3, cache=tmp_path_factory.mktemp("dual"), embodiment="dual",
+                         **{**SMALL, "families": ("put", "two")})
+
+
+def test_samples_of_two_arms_have_twice_the_numbers_under_a_name_of_their_own(dual):
+    assert dual.folder.name.startswith("tabletop_dual-train-put+two-") and list(dual.stats) == ["tabletop_dual"]
+    assert dual.stats["tabletop_dual"]["action"]["mask"] == ([True] * 6 + [False]) * 2
+    for episode, facts in enumerate(dual.episodes):
+        recorded = eval_sim.record_episode(facts["seed"], ("put", "two"), "train", (), 16, embodiment="dual")
+        got = dual.sample(episode, last := facts["frames"] - 1)
+        data.check_sample(got, horizon=4, action_dim=14, state_dim=16)
+        assert (got["dataset"], got["embodiment"]) == ("tabletop_dual", "dual")
+        assert np.array_equal(got["state"], recorded["state"][last])
+        held = [i for i in range(14) if i % 7 < 6]
+        assert np.array_equal(got["actions"][0], recorded["actions"][last])
+        assert not got["actions"][1:, held].any()                  # beyond the end: no motion,
+        assert (got["actions"][1:, 6::7] == got["actions"][0, 6::7]).all()      # each hand's last gripper
+    assert "embodiment=dual" in ", ".join(f"{key}={value}" for key, value in dual.made_from.items())
+
+
+def test_subtask_of_two_goals_is_the_goal_and_then_done(dual):
+    pairs = [i for i, e in enumerate(dual.episodes) if e["family"] == "two"]
+    assert 0 < len(pairs) < 3
+    for episode, facts in enumerate(dual.episodes):
+        samples = [dual.sample(episode, frame) for frame in range(facts["frames"])]
+        done = [bool(s.get("done")) for s in samples]
+        assert done[-2:] == [episode in pairs] * 2 and not any(done[:4])
+        assert all(s["subtask"] == "" for s in samples if s.get("done"))
+        if episode in pairs:
+            first, second = facts["instruction"].split(", then ")
+            assert samples[0]["subtask"] == first and second in [s["subtask"] for s in samples]
+    with pytest.raises(ValueError, match="'subtask' must be a string that is not empty"):
+        data.check_sample(sample(subtask=""))
+
+
+def test_tabletop_sets_are_named_by_body_and_families():
+    assert data.tabletop_sets("tabletop") == data.tabletop_sets("tabletop:") == [("gripper", None)]
+    assert data.tabletop_sets("tabletop@dual:pick,two") == [("dual", ("pick", "two"))]
+    assert data.tabletop_sets("tabletop:all+tabletop@dual") == [("gripper", eval_sim.FAMILIES), ("dual", None)]
+    for spec in ("tabletops", "tabletop+mine.py:make", "tabletop@dual+maniskill=DIR", "my/tabletop"):
+        assert data.tabletop_sets(spec) == []
+
+
+def test_bodies_are_mixed_each_with_its_own_numbers_and_statistics(tmp_path):
+    how = {"horizon": 4, "image_size": 16, "episodes": 2, "cache": tmp_path, "workers": 0}
+    both = data.open_dataset("tabletop:pick+tabletop@dual:pick", action_dim=14, **how)
+    alone = [data.open_dataset(f"tabletop{body}:pick", **how) for body in ("@gripper", "@dual")]
+    assert len(both) == sum(map(len, alone)) and data.dataset_statistics(both) == both.stats
+    assert both.stats == alone[0].stats | alone[1].stats and len(both.stats) == 2
+    for number, part in enumerate(alone):
+        for i in (0, len(part) - 1):
+            mine, theirs = part[i], both[i + number * len(alone[0])]
+            data.check_sample(theirs, horizon=4, action_dim=(7, 14)[number])
+            assert all(np.array_equal(mine[k], theirs[k]) for k in ("state", "actions", "loss_mask"))
+            assert mine["dataset"] == theirs["dataset"] and mine["embodiment"] == theirs["embodiment"]
+    drawn, = itertools.islice(data.loader(both, lambda s, key: s["actions"].shape, lambda x: x, 64), 1)
+    assert {(4, 7), (4, 14)} == set(drawn)
+
+
+def test_default_set_is_the_same_to_the_byte(tmp_path):
+    """Sets in users' caches, and what was trained on them, stand for the code of today."""
+    made = contents(data.tabletop("train", 2, ("pick", "turn"), ("third", "wrist"), 16, cache=tmp_path,
+                                  workers=0).folder)
+    digest = hashlib.sha256(b"".join(made[name] for name in sorted(made))).hexdigest()
+    assert digest == "4482cdaf5acfb024595293606a48a1bbaac15a00c13956256ebb2bcb9aebc2b0"
 
 
 def test_index_runs_through_all_frames_of_all_episodes(small):
@@ -330,6 +400,9 @@ def test_users_file_without_split_has_no_validation_set(user_file):
     ("{}:as_lits", "did you mean 'as_list'"), ("{}:empty", "empty dataset"), ("{}:number", "returned int"),
     ("nowhere.py:make", "there is no file nowhere.py"), (str(ROOT), "found a folder. Give tabletop"),
     ("imagenet", "found nothing there"), ("tabletop:pick,juggle", "juggle"), ("tabletop:pick,", "families"),
+    ("tabletop@octopus", "cannot drive 'octopus'; there are gripper, dual"), ("tabletop@", "cannot drive ''"),
+    ("tabletop@gantry", "'gantry'"), ("tabletop+tabletop:two", "name each body once"),
+    ("tabletop+tabletop@dual:fly", "'fly'"), ("tabletop@dual+imagenet", "found nothing there"),
     ("{}:two_arguments", "two_arguments: TypeError: .*missing 2"), ("{}:leaves", ":leaves: SystemExit: no"),
     ("{}:no_length", r"no_length, len\(\): RuntimeError: no length"),
 ])
@@ -807,7 +880,8 @@ def test_bad_command_lines_are_one_line_and_exit_code_2(tmp_path, monkeypatch, c
     (tmp_path / "file").write_text("")
     make = ["--make", "--episodes", "2", "--workers", "0", "--image-size", "16", "--cache"]
     here, wrong = str(tmp_path), [["--split", "tests"], ["--families", "juggle"], ["--views", "top"],
-                                  ["--episodes", "0"], ["--episodes", "9999999"], ["--image-size", "0"]]
+                                  ["--episodes", "0"], ["--episodes", "9999999"], ["--image-size", "0"],
+                                  ["--body", "octopus"]]
     for args in [[], ["--make", "folder"], [here + "/nowhere"], [here], make + [here + "/file"],
                  make + [here + "/file/below"], ["build-manifest", "--hdf5", here, "--out", here + "/out"]
                  ] + [make + [here] + change for change in wrong]:

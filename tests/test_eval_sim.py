@@ -1,5 +1,7 @@
 """The tabletop simulator, its expert, its episodes and the evaluation loop."""
+import hashlib
 import importlib
+import itertools
 import json
 import math
 import sys
@@ -14,13 +16,13 @@ import cogact
 import data
 import eval_sim
 import forks
-from eval_sim import (FAMILIES, HELD_OUT, PHRASES, SPLITS, Camera, Tabletop, expert, record_episode, rotation,
-                      seeds)
+from eval_sim import (FAMILIES, HELD_OUT, HOVER, PHRASES, SPLITS, Camera, Tabletop, expert, record_episode,
+                      rotation, seeds)
 
 
-def played(seed, family, split="eval"):
+def played(seed, family, split="eval", embodiment="gripper"):
     """An environment after the expert's episode."""
-    env = Tabletop((family,), split, (), 16)
+    env = Tabletop((family,), split, (), 16, embodiment)
     env.reset(seed)
     while env.count < env.max_steps and not env.success():
         env.advance(expert(env)[0])
@@ -65,7 +67,8 @@ def test_hard_split_holds_out_pairs_phrases_and_camera():
         hard.reset(s)
         assert not {(t.colour, t.shape) for t in env.things} & set(HELD_OUT)
         assert (hard.x.colour, hard.x.shape) in HELD_OUT
-        assert env.phrase != PHRASES[env.family][-1] and hard.phrase == PHRASES[hard.family][-1]
+        assert env.goals[0].phrase != PHRASES[env.family][-1]
+        assert hard.goals[0].phrase == PHRASES[hard.family][-1]
     assert not np.allclose(env.third.eye, hard.third.eye)
 
 
@@ -75,8 +78,8 @@ def test_only_the_instruction_decides():
     for family in ("pick", "put", "turn"):
         env = Tabletop(("turn",), "eval", (), 16)
         env.reset(2_000_003)                                                # a scene with a bar as X
-        env.family = family
-        env.y = next(t for t in env.things if not t.movable) if family == "put" else None
+        y = next(t for t in env.things if not t.movable) if family == "put" else None
+        env.goals = [env.goals[0]._replace(family=family, y=y)]
         while env.count < 60 and not env.success():
             env.advance(expert(env)[0])
         solved |= {family} if env.success() else set()
@@ -154,10 +157,10 @@ def test_wrist_camera_sees_the_fingers_and_moves_with_them():
     assert np.allclose(env.camera("wrist").eye - before, [0.03, 0, 0])
 
 
-def test_gymnasium_signature_and_second_body():
+def test_gymnasium_signature_and_a_body_of_four_numbers():
     env = Tabletop(("pick",), "eval", ("third", "wrist"), 32, embodiment="gantry")
     obs, info = env.reset(seed=3)
-    assert set(obs) == {"images", "depth", "intrinsics", "extrinsics", "state", "instruction"}
+    assert set(obs) == {"images", "depth", "intrinsics", "extrinsics", "state", "instruction", "embodiment"}
     for view in ("third", "wrist"):                            # depth, K and pose tell one story: a point seen
         K, pose, z = (obs[name][view] for name in ("intrinsics", "extrinsics", "depth"))    # at pixel (20, 9)
         at = np.linalg.inv(pose) @ [*(np.linalg.inv(K) @ [9.5, 20.5, 1] * z[20, 9]), 1]     # lies on its ray
@@ -247,6 +250,145 @@ def test_replay_of_a_stored_set_is_exact_and_notices_wrong_units(tmp_path, capsy
     assert "replayed 3 recorded episodes: 3 succeed" in capsys.readouterr().out
     recorded = [(f, s, {**e, "executed": e["executed"] / 2}) for f, s, e in eval_sim.recordings(folder)]
     assert eval_sim.replay(recorded)[1] > 0.01
+
+
+# ---- Two arms, two goals ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("family, embodiment", [("pick", "dual"), ("put", "dual"), ("push", "dual"),
+                                                ("two", "dual"), ("two", "gripper")])
+def test_expert_solves_97_percent_with_either_body(family, embodiment):
+    split = "hard" if embodiment == "gripper" else "eval"
+    assert sum(played(s, family, split, embodiment).success() for s in seeds(split, 34)) >= 33
+
+
+def test_recorded_episodes_of_the_first_body_never_change():
+    """The figures of README stand on these bytes: VERSION must rise with them."""
+    digest = hashlib.sha256()
+    for seed in (*seeds("train", 3), *seeds("hard", 2)):
+        split = SPLITS[seed // 1_000_000]
+        r = record_episode(seed, FAMILIES, split, ("third", "wrist"), 24)
+        for part in (r["state"], r["actions"], r["executed"], r["waypoints"], *r["images"].values()):
+            digest.update(part.tobytes())
+        digest.update(json.dumps([r["instruction"], r["family"], r["subtasks"], seed]).encode())
+    assert eval_sim.VERSION == 1 and digest.hexdigest() == (
+        "c7883b9d5de475c960c81b2e099f2ca04ec193a616536578d6612818391c37bc")
+
+
+def test_the_arm_on_the_side_of_x_works_and_the_other_one_waits():
+    used = set()
+    for s in seeds("eval", 12):
+        env = Tabletop(("pick", "put", "push"), "eval", (), 16, "dual")
+        obs, info = env.reset(s)
+        assert obs["state"].shape == (16,) and obs["embodiment"] == info["embodiment"] == "dual"
+        assert np.allclose(obs["state"][[1, 9]], [a.tcp[1] for a in env.arms], atol=1e-6)
+        assert obs["state"][1] < 0 < obs["state"][9]                    # the right arm comes first
+        arm = int(env.x.at[1] > 0)
+        waits, before = 7 * (1 - arm), env.arms[1 - arm].tcp.copy()
+        while not env.success():
+            action = expert(env)[0]
+            assert action.shape == (14,) and action[waits:waits + 7].tolist() == [0, 0, 0, 0, 0, 0, 1]
+            env.advance(action)
+        assert np.array_equal(env.arms[1 - arm].tcp, before) and env.arm == arm
+        used.add(arm)
+    assert used == {0, 1}
+
+
+def test_arms_move_apart_and_neither_takes_what_the_other_holds():
+    env = Tabletop(("pick",), "eval", (), 16, "dual")
+    env.reset(seeds("eval", 1)[0])
+    right, left = (arm.tcp.copy() for arm in env.arms)
+    env.advance([0.01, 0, 0, 0, 0, 0, 1, 0, 0.02, 0, 0, 0, 0.1, 1])
+    assert np.allclose(env.arms[0].tcp - right, [0.01, 0, 0]) and env.arms[0].rpy[2] != env.arms[1].rpy[2]
+    assert np.allclose(env.arms[1].tcp - left, [0, min(0.02, 0.2 - left[1]), 0])
+    for arm in env.arms:                                                # both around X
+        arm.tcp, arm.rpy = np.array([*env.x.at[:2], 0.025]), np.zeros(3)
+    close = np.zeros(14)
+    for _ in range(3):
+        env.advance(close)
+    assert env.arms[0].held[0] is env.x and env.arms[1].held is None
+    env.advance(np.array([0, 0, 0.05, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1.0]))
+    assert env.x.at[2] > 0.04                                           # it goes with the right arm
+    with pytest.raises(ValueError, match=r"shape \(7,\).*takes 14"):
+        env.advance(np.zeros(7))
+
+
+def test_both_arms_are_drawn_in_their_own_colours_and_carry_a_camera_each():
+    env = Tabletop(("pick",), "eval", ("third", "wrist", "left_wrist"), 48, "dual")
+    env.reset(seeds("eval", 1)[0])
+    rgb, _, owner = env.picture("third", 96, 96)
+    right, left = (rgb[owner == 100 + i].mean(0) for i in (0, 1))
+    assert np.abs(right - left).max() > 25
+    columns = [np.nonzero(owner == 100 + i)[1].mean() for i in (0, 1)]
+    assert columns[1] < 48 < columns[0]                                 # left is left
+    for view, arm in (("wrist", 0), ("left_wrist", 1)):
+        assert (env.picture(view)[2] == 100 + arm).mean() > 0.05
+        assert np.hypot(*(env.camera(view).eye - env.arms[arm].tcp)[:2]) < 0.1
+    with pytest.raises(ValueError, match="left_wrist.*knows third, wrist"):
+        Tabletop(("pick",), views=("left_wrist",))
+
+
+def test_which_arm_works_can_be_seen():
+    env = Tabletop(FAMILIES, "train", (), 8, "dual")
+    for s in range(150):
+        env.lay_out(s)
+        assert abs(env.x.at[1]) >= 0.02
+
+
+@pytest.mark.parametrize("embodiment", eval_sim.BODIES)
+def test_two_goals_are_told_in_order_and_done_in_order(embodiment):
+    switched = 0
+    for s in seeds("train", 12):
+        r = record_episode(s, ("two",), "train", (), 16, clean=True, embodiment=embodiment)
+        first, second = r["instruction"].split(", then ")
+        said = [sentence for sentence, _ in itertools.groupby(r["subtasks"])]
+        assert r["success"] and said == [first, second, ""] and r["subtasks"][-2:] == ["", ""]
+        assert r["waypoints"].shape == (len(r["actions"]), 5, 2)
+        env = Tabletop(("two",), "train", (), 16, embodiment)
+        env.lay_out(s)
+        assert env.goals[0].family == "put" and env.goals[0].x is not env.goals[1].x
+        before = env.arm
+        for action in r["executed"]:
+            env.advance(action)
+        assert env.reached == [0, 1] and env.now == 1
+        switched += env.arm != before
+        if env.arm != before:                                           # the arm that is done has risen
+            assert env.arms[before].tcp[2] > HOVER - 0.001
+    assert bool(switched) == (embodiment == "dual")
+
+
+def test_two_goals_in_the_wrong_order_are_no_success():
+    env = Tabletop(("two",), "eval", (), 16)
+    s = next(s for s in seeds("eval", 50) if (env.lay_out(s), env.goals[1].family == "push")[1])
+    env.lay_out(s)
+    (_, goal), first = env.goals, env.goals[0]
+    goal.x.at[1] += 0.08 if goal.side == "left" else -0.08              # as if it had been pushed first
+    env.advance([0, 0, 0, 0, 0, 0, 1])
+    assert env.reached == [1] and env.now == 0 and not env.success()
+    first.x.at = first.y.at + [0, 0, first.y.top]
+    env.advance([0, 0, 0, 0, 0, 0, 1])
+    assert env.reached == [1, 0] and not env.success()
+    assert eval_sim.summary([{"task": "two", "success": False, "steps": 2, "parse_failed": 0,
+                              "reached": env.reached}], ("two",))["goals"] == {
+        "first": 1.0, "both": 1.0, "in_order": 0.0}
+
+
+def test_swap_changes_the_first_of_two_goals_alone():
+    for s in seeds("eval", 10):
+        env = Tabletop(("two",), "eval", (), 8)
+        env.lay_out(s)
+        before = env.instruction.split(", then ")
+        env.swap()
+        after = env.instruction.split(", then ")
+        assert after[0] != before[0] and after[1] == before[1]
+        assert all(goal.x.name not in after[0] for goal in env.goals)
+
+
+def test_replay_is_exact_with_two_arms_and_two_goals(tmp_path, capsys):
+    rows, worst = eval_sim.replay(eval_sim.recordings("tabletop", ("put", "two"), "train", 6, "dual"))
+    assert worst < 1e-6 and sum(r["success"] for r in rows) >= 5
+    folder = data.tabletop("val", 2, ("push", "two"), (), 8, cache=tmp_path, workers=0, embodiment="dual").folder
+    assert eval_sim.main(["--replay", str(folder)]) == 0
+    assert "replayed 2 recorded episodes: 2 succeed" in capsys.readouterr().out
 
 
 def test_wilson_interval():
@@ -345,8 +487,71 @@ def test_unreadable_outputs_are_counted():
     assert results["parse_failed"] == told_to_put * 20                      # 60 steps, 3 per chunk
 
 
+class Narrator(Skyward):
+    """Two-armed; says the first goal whatever happens, and that it is done only at the end."""
+    stats = dict.fromkeys(("tabletop", "tabletop_dual"), Skyward.stats["tabletop"])
+
+    def act(self, observations, unnorm_key=None, **options):
+        self.asked.append((observations, unnorm_key, options))
+        chunk = np.zeros((len(observations), 4, 14), np.float32)            # (B, T, A)
+        return chunk, {"subtasks": [o["instruction"].split(", then ")[0] for o in observations],
+                       "finished": np.ones(len(observations), bool)}
+
+
+def test_a_body_has_its_own_statistics_and_sub_tasks_and_order_are_counted(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(eval_sim, "STEPS", dict.fromkeys(eval_sim.STEPS, 4))
+    model = Narrator()
+    results = eval_sim.evaluate(model, METHOD, ("two",), 1, embodiment="dual", out=tmp_path, progress=False)
+    assert {key for _, key, _ in model.asked} == {"tabletop_dual"} and results["embodiment"] == "dual"
+    assert all(o["embodiment"] == "dual" and o["state"].shape == (16,) for seen, *_ in model.asked for o in seen)
+    assert results["subtasks_right"] == 1 and results["goals"] == {"first": 0, "both": 0, "in_order": 0}
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["film-dual.gif", "results-dual.json"]
+    eval_sim.print_table(results)
+    assert "body dual" in (out := capsys.readouterr().out) and "sub-tasks right 100.0%" in out
+    eval_sim.evaluate(one := Narrator(), SimpleNamespace(Policy=Half, PREDICTS="actions"), ("pick",), 1,
+                      progress=False)
+    assert {key for _, key, _ in one.asked} == {"tabletop"}
+
+
+class Half(Policy):
+    def step(self, observation, chunk=None):
+        return super().step(observation, chunk)[:14 if observation["embodiment"] == "dual" else 7]
+
+
+class Oracle(Policy):
+    """Does what the expert does, whose world it knows (`worlds`: those of the wave, in order)."""
+    worlds = []
+
+    def __init__(self, *args, **how):
+        super().__init__(*args, **how)
+        self.env = Oracle.worlds.pop(0) if Oracle.worlds else None
+
+    needs_chunk = True
+
+    def step(self, observation, chunk=None):
+        return expert(self.env)[0]
+
+
+@pytest.mark.parametrize("embodiment", eval_sim.BODIES)
+def test_after_both_goals_the_model_is_asked_whether_it_is_done(embodiment, monkeypatch):
+    world = eval_sim._world
+
+    def noted(*args):
+        env = world(*args)
+        Oracle.worlds.append(env)
+        return env
+    monkeypatch.setattr(eval_sim, "_world", noted)
+    method = SimpleNamespace(Policy=Oracle, PREDICTS="actions")
+    rows = eval_sim.run_wave([(s, "two") for s in seeds("eval", 2)], Narrator(), method, "eval",
+                             embodiment=embodiment)
+    assert [(r["success"], r["reached"], r["finished"]) for r in rows] == [(True, [0, 1], True)] * 2
+    results = eval_sim.summary(rows, ("two",))
+    assert results["goals"] == {"first": 1, "both": 1, "in_order": 1, "finished": 1}
+    assert 0.2 < results["subtasks_right"] < 0.8                            # it never names the second goal
+
+
 @pytest.mark.parametrize("change, message", [
-    (dict(model=None), "no model to evaluate"), (dict(control="reverse"), "reverse.*swap, blank"),
+    (dict(model=None), "no model to evaluate"), (dict(embodiment="gantry"), "gantry.*gripper or dual"), (dict(control="reverse"), "reverse.*swap, blank"),
     (dict(episodes=0), "episodes=0"), (dict(batch=0), "batch=0"), (dict(families=("fly",)), "fly.*pick"),
     (dict(split="test"), "test.*train"), (dict(unnorm_key="bridge"), "bridge.*tabletop"),
     (dict(start=999_999), "1,000,000"), (dict(start=-1), "from -1 on"),
@@ -408,6 +613,8 @@ def ckpt(*flags):
     (["--control", "expert", "--episodes", "0"], "--episodes: 0 is not in 1 .. 1000000"),
     (["--control", "expert", "--batch", "0"], "--batch: 0"),
     (ckpt("--seed", "-1"), "--seed: -1"), (ckpt("--device", "meta"), "--device 'meta' cannot"),
+    (["--control", "expert", "--body", "octopus"], "--body: invalid choice: 'octopus'"),
+    (["--replay", "/nowhere", "--body", "dual"], "--replay /nowhere has no use for --body"),
     (["--control", "expert", "--episodes", "ten"], "--episodes: invalid int value: 'ten'"),
     (["--control", "reverse"], "--control: invalid choice: 'reverse'"),
     (["--control", "expert", "--split", "test"], "--split: invalid choice: 'test'"),
@@ -474,7 +681,7 @@ def trunk():
     return importlib.import_module("pretrain_trunk")
 
 
-@pytest.mark.parametrize("name", ["cogact", "vla0"])
+@pytest.mark.parametrize("name", ["cogact", "robobrain_x0", "vla0"])
 def test_trunk_questions_that_share_a_picture_are_answered_as_if_alone(trunk, name):
     how = trunk.METHODS[name]
     cfg = how.method.PRESETS["tiny"]

@@ -135,7 +135,7 @@ PRESETS = {
         views=("third",), image_size=96, vision="tiny", text="tiny", tokenizer="tiny", patch_size=12,
         siglip_width=64, qwen_width=64, vocab=512, pad_id=4, max_text=256, width=128, depth=6, heads=4,
         reference="none", augment=False, image_aug=False, data="tabletop", lr=3e-4, lr_schedule="cosine",
-        warmup=50, weight_decay=0.0, grad_clip=1.0, batch=32, steps=3000,
+        warmup=50, weight_decay=0.0, grad_clip=1.0, batch=32, steps=3600,
         init="assets/a0_tiny_trunk.safetensors"),
 }
 PREDICTS = "waypoints"            # of a sample; see the top of common.py

@@ -922,7 +922,7 @@ class Model(nn.Module):
         """
         R, cfg = self.cfg.repeated_diffusion_steps, self.cfg
         generators = [keyed_generator(k) for k in batch["key"].tolist()] if "key" in batch else [None] * B
-        draws = [(torch.randn(R, cfg.horizon, cfg.action_dim, generator=g),    # noise before t, as officially
+        draws = [(torch.randn(R, cfg.horizon, cfg.action_dim, generator=g),    # diffusion noise first
                   torch.randint(cfg.num_train_steps, (R,), generator=g),
                   torch.rand(R, generator=g) < cfg.condition_dropout) for g in generators]
         return [torch.stack(d, 1).flatten(0, 1).to(self.device, non_blocking=True) for d in zip(*draws)]
@@ -961,7 +961,7 @@ class Model(nn.Module):
         seen = [{name: o[name] for name in keep if name in o} for o in observations]
         batch = collate([prepare(o, cfg, self.tokenizer) for o in seen], cfg)
         z = self({name: value.to(self.device) for name, value in batch.items()})       # (B, 1, D)
-        shape = len(seen), cfg.horizon, cfg.action_dim
+        shape = len(seen), cfg.horizon, cfg.action_dim                                 # diffusion noise:
         noise = torch.randn(shape) if noise is None else torch.as_tensor(noise, dtype=torch.float32)
         if noise.shape != shape:
             raise ValueError(f"noise of shape {shape} = (B, T, A) is expected, found {tuple(noise.shape)}.")
@@ -1173,7 +1173,7 @@ def read_official(path, preset, overrides):
     if wrong:
         raise ValueError(f"{path} holds {sorted(parts) or 'no model'}; missing or unknown: {sorted(wrong)}. "
                          "Start from CogACT's or openvla-7b-prismatic's .pt (plain Prismatic lacks vision).")
-    # checkpoint keys: official model[module][name] -> "module.name"; nothing is renamed
+    # checkpoint keys are mapped: official model[module][name] -> "module.name"; nothing is renamed
     state = {f"{m}.{name}": tensor for m in MODULES for name, tensor in released.get(m, {}).items()}
     about, stats, sizes = read_about(run / "config.json"), run / "dataset_statistics.json", read_sizes(state)
     vla = about.get("vla", about)                              # the DiT's size goes by either of these names

@@ -593,14 +593,16 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def see(self, images, keep=False):
-        """uint8 (N, h, w, 3) -> SigLIP's last hidden state (N, P, D). keep: what the last call has seen (the
-        reference frame, the grey one) is not encoded again. On a CPU always: half of a batch may be grey."""
+        """uint8 (N, h, w, 3) -> SigLIP's last hidden state (N, P, D). keep: what the last call with `keep` has
+        seen (the reference frame, the grey one) is not encoded again. On a CPU equal pictures are encoded
+        once in any case: half of a batch may be grey."""
         if not keep and images.device.type != "cpu":
             return self.encode(images)
-        keys = [hash(image.numpy().tobytes()) for image in images]
-        new = {k: image for k, image in zip(keys, images) if k not in self.pictures}
-        known = self.pictures | (dict(zip(new, self.encode(torch.stack([*new.values()])))) if new else {})
-        self.pictures = {k: known[k] for k in keys}
+        keys, known = [hash(image.numpy().tobytes()) for image in images], self.pictures if keep else {}
+        new = {k: image for k, image in zip(keys, images) if k not in known}
+        known = known | (dict(zip(new, self.encode(torch.stack([*new.values()])))) if new else {})
+        if keep:
+            self.pictures = {k: known[k] for k in keys}
         return torch.stack([known[k].to(self.device) for k in keys])
 
     def encode(self, images):

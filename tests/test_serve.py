@@ -188,6 +188,15 @@ def test_number_of_sessions_is_bounded(model, monkeypatch):
         assert list(call.service.sessions) == ["c", "a", "d"]
 
 
+def test_sessions_expire(model, monkeypatch):
+    monkeypatch.setattr(serve, "SESSION_SECONDS", 0.5)
+    with running(model, unnorm_key="tabletop") as call:
+        call("/v1/act", request(mode="step", session="a"))
+        time.sleep(0.6)
+        call("/v1/act", request(mode="step", session="b"))
+        assert list(call.service.sessions) == ["b"]
+
+
 def test_reset_without_a_body_forgets_the_nameless_session(call):
     assert call("/v1/act", request(mode="step"))[0] == 200
     assert call("/v1/reset", b"") == (200, {"forgotten": True})
@@ -352,6 +361,7 @@ def checkpoint(model, tmp_path_factory):
     (["--device", "nope"], "nope"),
     (["--execute", "0"], "execute"),
     (["--host", "256.1.1.1"], "--host 256.1.1.1 --port 0"),
+    (["--host", "0.0.0.0"], "could move the robot; set --token SECRET, or --no-auth"),
     (["--port", "70000"], "--port: 70000 is not in 0 .. 65535"),
 ])
 def test_a_wrong_flag_is_one_line_and_exit_code_2(checkpoint, flags, words, monkeypatch, capsys):
@@ -383,7 +393,7 @@ def test_readme_client_drives_the_real_script(checkpoint, tmp_path):
     Image.fromarray(picture(120, 160)).save(tmp_path / "camera.png")
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, ROOT / "serve.py", "--ckpt", checkpoint, "--unnorm-key", "tabletop",
-               "--host", "0.0.0.0", "--port", "0", "--device", "cpu"]
+               "--host", "0.0.0.0", "--no-auth", "--port", "0", "--device", "cpu"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     try:
         said = ""

@@ -21,15 +21,15 @@ Two tokenizers of actions: FAST+ (the released checkpoints') and OmniSAT, of whi
 (a B-spline's control points, residual codebooks); what is ours in it is said there.
 
     python robobrain_x0.py                                            # tiny demo, CPU, no download
-    python robobrain_x0.py --fit omnisat chunks.npy FOLDER            # one's own action tokenizer
-    python robobrain_x0.py --score questions.jsonl CKPT FOLDER        # pointing, boxes, trajectories
+    python examples/action_tokens.py --data chunks.npy --out FOLDER   # one's own action tokenizers, measured
+    python examples/abilities.py questions.jsonl CKPT FOLDER          # pointing, boxes, trajectories, scored
     torchrun --standalone --nproc_per_node=8 train.py --model robobrain_x0 --preset 3b --init ID --data ...
 """
 import base64
 import codecs
 import functools
 import io
-import json
+import itertools
 import math
 import re
 import time
@@ -43,7 +43,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
@@ -52,9 +52,9 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (Qwen2_5_VLTextConfig,
                                                                      Qwen2_5_VLVisionConfig)
 
-from common import (Parser, atomic_write, check_config, check_fit, check_observation, choose, cli,
+from common import (atomic_write, check_config, check_fit, check_observation, choose, cli,
                     hf_attention, keyed_generator, load_config, load_weights, pick_attention, pick_stats,
-                    read_json, resolve, save_folder, tiny_tokenizer, write_json)
+                    read_json, resolve, save_folder, tiny_tokenizer)
 from common import device as pick_device
 
 # ---- Config ---------------------------------------------------------------------------------------------
@@ -72,20 +72,22 @@ class Config:
     depth: float = 0.0                # one more picture: the first view's depth, black from here [m]; 0: no
     horizon: int = 30                 # T: actions in one chunk
     chunks: int = 1                   # chunks in one answer, at most
-    action_dim: int = 14              # A: 7 per arm
+    action_dim: int = 14              # A: 7 per arm, of the body that has the most; others have fewer
     gripper_open: float = 1.0         # the gripper to hold when none is known (tabletop: 1 = open)
     state_dim: int = 0                # length of a state that comes along; checked, never read; 0: any
     # actions as codes
     tokens: str = "fast"              # fast (released) | omnisat
     codes: int = 2048                 # action ids that the vocabulary has room for
-    fast: str = "physical-intelligence/fast"     # its tokenizer.json: file, folder, hub id; "tiny": made here
+    fast: str = "physical-intelligence/fast"     # its tokenizer.json: file, folder, hub id; or "fit": made
+    #                                   when training starts, from the training data
     fast_scale: float = 10.0          # DCT coefficients are rounded after this
     fast_min: int = -354              # the coefficient that becomes character 0
-    omnisat: str = ""                 # its codebooks: file, folder; "tiny": made here
-    points: int = 10                  # N: control points of a spline
-    degree: int = 3
-    levels: int = 4                   # L: codes per degree of freedom
-    entries: int = 128                # K: codewords per group and level
+    omnisat: str = ""                 # its codebooks: file, folder; or "fit"
+    points: int = 0                   # N: control points of a spline; 0: as many as actions
+    degree: int = 1
+    levels: tuple = (2, 1, 1)         # L: codes per degree of freedom of position, rotation, gripper
+    entries: int = 2048               # K: codewords per group and level
+    tolerance: float = 0.12           # a larger error (of [-1, 1]) is repaired by one more code
     # vision: Qwen2.5-VL's tower
     patch_size: int = 14
     merge_size: int = 2               # merge_size x merge_size patches become one token
@@ -147,14 +149,14 @@ class Config:
 
     def __post_init__(self):
         ids = [name for name in vars(self) if name.endswith("_id")]
-        zero = ("image_size", "full_attention", "state_dim", "warmup", "seed", *ids)
+        zero = ("image_size", "full_attention", "state_dim", "points", "warmup", "seed", *ids)
         check_config(
             vars(self), vars(Config), multiples=(("llm_width", "llm_heads", 2), ("vit_width", "vit_heads", 2),
                                                  ("llm_heads", "llm_kv_heads")),
             least={**dict.fromkeys(zero, 0), "fast_min": -1_000_000, "gripper_open": -np.inf},
             most={"execute": "horizon", "vision_lr": 1, "points": "horizon"},
             below={**dict.fromkeys(ids, "vocab"), "ema": 1, "betas": 1, "full_attention": "vit_depth",
-                   "degree": "points", "seed": 2**63},
+                   "seed": 2**63},
             choices={"tokens": ("fast", "omnisat"), "lenient": ("none", "server", "strict", "v2"),
                      "draft": ("previous", "none"), "lr_schedule": ("constant", "cosine")})
         if 2 * sum(self.mrope_section) != self.llm_width // self.llm_heads:
@@ -175,9 +177,9 @@ class Config:
                              f"{-int(self.fast_scale * self.horizon ** 0.5 + 0.5)}; lower fast_min.")
         if self.lenient == "server" and self.horizon != 30:
             raise ValueError(f"lenient='server' makes 30 actions, horizon={self.horizon}: choose strict.")
-        if self.tokens == "omnisat" and 3 * self.levels * self.entries > self.codes:
-            raise ValueError(f"omnisat needs 3 x levels={self.levels} x entries={self.entries} codes, there "
-                             f"are codes={self.codes}; lower one, or raise codes.")
+        if self.tokens == "omnisat" and (len(self.levels) != 3 or self.entries > self.codes):
+            raise ValueError(f"omnisat wants three levels, found {self.levels}, and room for entries="
+                             f"{self.entries}, there are codes={self.codes}.")
 
     @property
     def legal(self):
@@ -192,12 +194,12 @@ PRESETS = {
         views=("third",), robot="gripper", prompt="{images}robot {robot} task: {task}", subtask=True,
         image_size=96, min_pixels=144, patch_size=12, merge_size=1, vit_width=64, vit_depth=4, vit_heads=2,
         vit_mlp=128, full_attention=(0, 1, 2, 3), llm_width=128, llm_depth=4, llm_heads=4, llm_kv_heads=2,
-        llm_mlp=256, llm_init=0.1, vocab=1040, rope_theta=1e4, mrope_section=(4, 6, 6), horizon=4,
-        action_dim=7, codes=512, fast="tiny", fast_min=-21, omnisat="tiny", points=3, degree=2, levels=2,
-        entries=64, system="", action_id=512, pad_id=1024, im_start_id=1025, im_end_id=1026,
-        vision_start_id=1027, vision_end_id=1028, image_id=1029, boa_id=1030, eoa_id=1031, split_id=1032,
-        tokenizer="tiny", execute=3, max_words=16, window=4, data="tabletop", vision_lr=1.0, lr=1e-3,
-        warmup=50, weight_decay=1e-10, batch=32, steps=2600),
+        llm_mlp=256, llm_init=0.06, vocab=1552, rope_theta=1e4, mrope_section=(4, 6, 6), horizon=4,
+        action_dim=14, codes=1024, fast="fit", fast_min=-21, omnisat="fit", entries=128,
+        system="", action_id=512, pad_id=1536, im_start_id=1537, im_end_id=1538,
+        vision_start_id=1539, vision_end_id=1540, image_id=1541, boa_id=1542, eoa_id=1543, split_id=1544,
+        tokenizer="tiny", execute=3, max_words=16, window=4, data="tabletop+tabletop@dual", vision_lr=1.0,
+        lr=1e-3, warmup=50, weight_decay=1e-10, batch=32, steps=2600),
 }
 PREDICTS = "actions"              # of a sample; see the top of common.py
 
@@ -362,8 +364,11 @@ ROBOTS = {
                     version="2.0.0", incomplete="Request data is incomplete or in incorrect format"),
     "r1lite": Robot("an r1lite dual-arm", "R1-Lite", 5003, bgr=True, tells_path=False,
                     stats=("action.eepose.delta", "action.eepose"), unloaded="Model not loaded"),
+    # These have no service: LIBERO's prompts, and the two bodies of our tabletop.
     "libero": Robot("a Franka single-arm", cameras=("agentview", "wrist"), arms=1, hz=10, horizon=10,
-                    seen=("include: ", "are ")),               # prompts only
+                    seen=("include: ", "are ")),
+    "gripper": Robot("a tabletop single-arm", cameras=("third",), arms=1, hz=5),
+    "dual": Robot("a tabletop dual-arm", cameras=("third",), hz=5),
 }
 
 
@@ -435,6 +440,18 @@ def normalize(x, stats, clip=True):
     return np.clip(x, -1, 1) if clip else x
 
 
+def body_stats(stats, key, observations):
+    """(the statistics to act by, their size A): of data set `key`, else the only ones of the body's size."""
+    sizes = {7 * ROBOTS[o["embodiment"]].arms for o in observations if o.get("embodiment") in ROBOTS}
+    fits = [name for name, x in stats.items() if {len(q) for q in x["action"].values()} == sizes]
+    found = pick_stats(stats, fits[0] if key is None and len(fits) == 1 else key)
+    A = len(next(iter(found.values())))
+    if sizes - {A}:
+        raise ValueError(f"unnorm_key={key!r} has statistics of {A} numbers, the observations are of bodies "
+                         f"with {sorted(sizes)}: act for one body at a time, with its own statistics.")
+    return found, A
+
+
 def denormalize(x, stats):
     """The inverse, without clipping. Note that 0 is the middle of the quantiles, not "no motion"."""
     scale, offset = scale_offset(stats, x)
@@ -459,9 +476,10 @@ def finite(chunk):
 class Grammar(NamedTuple):
     """Which code may follow, in T x D numbers: state = after[last code] + slot[n], n = units begun so far.
 
-    A chunk is whole when n = size and after[last code] = 0.
+    A chunk is whole when least <= n <= size and after[last code] = 0.
     """
-    size: int                         # units of a whole chunk
+    size: int                         # units of a chunk, at most
+    least: int                        # and at least
     count: torch.Tensor               # (codes,) units that a code begins
     after: torch.Tensor               # (codes,)
     slot: torch.Tensor                # (size + 1,)
@@ -476,6 +494,7 @@ BYTES = {chr(b): b for b in PRINTABLE} | {
 
 class Fast:
     """FAST+: DCT along time -> rounded -> characters -> byte-level BPE (paper: arXiv 2501.09747)."""
+    fitted = True                     # False: on made-up chunks
 
     def __init__(self, bpe, scale=10.0, low=-354, codes=2048):
         """bpe: a tokenizers.Tokenizer; low: the coefficient of character 0 (official min_token)."""
@@ -495,21 +514,24 @@ class Fast:
     def fit(cls, chunks, scale=10.0, codes=1024, low=None):
         """One's own vocabulary for normalized chunks, a list of (T, D).
 
-        low=None: as officially, from the data's smallest coefficient on; else all 256 bytes are in it, so
-        that whatever comes can be written.
+        low=None: as officially, from the data's smallest coefficient on; else every coefficient that actions
+        in [-1, 1] can have is in it, and all characters may merge (officially letters with letters only).
         FAITHFUL: officially the first letters are the characters themselves, but the BPE works on bytes: most
         of these letters are never used, and bytes that the data lacks are lost without a word (`encode`
         says so). Test: test_robobrain_x0.py::test_official_fit_loses_what_the_data_lacks
         """
         integers = [np.rint(dct_matrix(len(c)) @ c * scale).astype(int).ravel() for c in chunks]
-        letters, official = list(BYTES), low is None
+        official, bound = low is None, int(scale * max(map(len, chunks)) ** 0.5 + 0.5)
         if official:
             low, high = (f(np.concatenate(integers)) for f in (np.min, np.max))
             letters = [chr(i) for i in range(high - low + 1)]
+        else:
+            known = {b for c in range(-bound - low, bound - low + 1) for b in chr(max(c, 0)).encode()}
+            letters = [letter for letter, b in BYTES.items() if b in known]
         if len(letters) - official > codes:
             raise ValueError(f"codes={codes}: there are {len(letters)} letters; raise codes, or lower scale.")
         bpe = Tokenizer(models.BPE())
-        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=official)
         bpe.decoder, bpe.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=False)
         trainer = trainers.BpeTrainer(vocab_size=codes, min_frequency=2, show_progress=False,
                                       special_tokens=[], initial_alphabet=letters, max_token_length=10000)
@@ -531,7 +553,7 @@ class Fast:
         codes = self.bpe.encode(text, add_special_tokens=False).ids
         if self.bpe.decode(codes) != text:
             raise ValueError("the FAST vocabulary is too small, it lacks a coefficient of this chunk: fit "
-                             "one on data like yours (python robobrain_x0.py --fit fast ...).")
+                             "one on data like yours (python examples/action_tokens.py).")
         return codes
 
     def coefficients(self, codes):
@@ -600,15 +622,15 @@ class Fast:
                     table[s, k], count[k], after[k] = True, n, states.index(left)
         if not (table[0] & (count == 1)).any():
             raise ValueError("the FAST vocabulary is too small: it has no single coefficient of such chunks.")
-        return Grammar(T * D, count, after, torch.zeros(T * D + 1, dtype=torch.long), table)
+        return Grammar(T * D, T * D, count, after, torch.zeros(T * D + 1, dtype=torch.long), table)
 
 
 # ---- Actions as codes: OmniSAT ----------------------------------------------------------------------------
 # Published (arXiv 2510.09667): a B-spline's control points per degree of freedom; three groups, position,
 # rotation, gripper; residual vector quantization of each degree of freedom's points; so L codes per degree.
-# Ours, as no code is public: sizes, degree, squared distance, EMA training, the numbering of codes.
+# Ours, as no code is public: sizes, squared distance, EMA training, the numbering of codes, repairs.
 
-GROUP_OF = (0, 0, 0, 1, 1, 1, 2)      # of an arm's 7 numbers: position, rotation, gripper
+GROUPS, GROUP_OF = ("position", "rotation", "gripper"), (0, 0, 0, 1, 1, 1, 2)      # of an arm's 7 numbers
 
 
 def spline_knots(N, degree):
@@ -636,67 +658,79 @@ def spline_fit(basis, ridge=1e-6):
     return np.linalg.solve(basis.T @ basis + ridge * np.eye(N), basis.T)
 
 
+def nearest(x, book):
+    """x (..., N), codewords (K, N) -> (...,) which is nearest (squared distance, the first of equals)."""
+    return (np.square(book).sum(1) / 2 - x @ book.T).argmin(-1)
+
+
 def residual_quantize(x, books):
     """x (..., N), books (L, K, N) -> (codes (..., L), quantized (..., N), what each level leaves (L,)).
 
-    Level by level the nearest codeword (squared distance, the first of equals) of what is left.
+    Level by level the nearest codeword of what is left.
     """
     left, codes, errors = np.asarray(x), [], []
     for book in books:
-        near = ((left[..., None, :] - book) ** 2).sum(-1).argmin(-1)
-        left = left - book[near]
-        codes.append(near)
+        codes.append(nearest(left, book))
+        left = left - book[codes[-1]]
         errors.append((left ** 2).mean())
     return np.stack(codes, -1), np.asarray(x) - left, np.array(errors)
 
 
-def train_codebook(x, K, rng, steps=100, batch=1024, decay=0.9):
+def train_codebook(x, K, rng, steps=60, decay=0.9):
     """x (n, N) -> K codewords (K, N): k-means whose means are running averages; unused words start anew."""
-    book = x[rng.choice(len(x), K, replace=len(x) < K)].copy()
-    count, total = np.ones(K), book.copy()
+    book, batch = x[rng.choice(len(x), K, replace=len(x) < K)], 4 * K
+    count, total = np.ones(K, x.dtype), book.copy()
     for _ in range(steps):
         rows = x[rng.integers(len(x), size=batch)]
-        near = (np.square(book).sum(1) - 2 * rows @ book.T).argmin(1)               # (batch,)
-        hits = (near == np.arange(K)[:, None]).astype(float)                        # (K, batch)
-        count = decay * count + (1 - decay) * hits.sum(1)
-        total = decay * total + (1 - decay) * hits @ rows
-        smooth = (count + 1e-5) / (count.sum() + K * 1e-5) * count.sum()
-        book = total / smooth[:, None]
-        dead = count < 0.01 * batch / K                                             # used a hundredth of fair
-        book[dead] = rows[rng.integers(batch, size=dead.sum())]
-        count[dead], total[dead] = 1.0, book[dead]
+        near = nearest(rows, book)                                                  # (batch,)
+        total *= decay
+        np.add.at(total, near, (1 - decay) * rows)
+        count = (decay * count + (1 - decay) * np.bincount(near, minlength=K)).astype(x.dtype)
+        dead = count < 0.05 * batch / K                                             # a twentieth of its share
+        total[dead], count[dead] = rows[rng.integers(batch, size=dead.sum())], 1.0
+        book = total / count[:, None]
     return book
 
 
 class OmniSAT:
-    """books (3, L, K, N) float32: a codebook for each group and level, shared by all arms."""
+    """books: of positions, rotations, grippers, (L, K, N) float32 each, shared by all arms.
 
-    def __init__(self, books, degree, codes=2048):
-        self.books, self.degree, self.codes = np.asarray(books, np.float32), degree, codes
-        if 3 * self.books.shape[1] * self.books.shape[2] > codes:
-            raise ValueError(f"codebooks of {self.books.shape[:3]} words need more than codes={codes}.")
+    A chunk is L codes per degree of freedom, then repairs (ours): a code for each number that is wrong by
+    more than `tolerance`; at most `repairs` times as many as there are codes before, the worst first.
+    """
+    fitted, repairs = True, 8         # fitted: not on made-up chunks
+
+    def __init__(self, books, degree, codes=2048, tolerance=np.inf):
+        self.books, self.degree, self.codes = [np.asarray(b, np.float32) for b in books], degree, codes
+        self.tolerance, (self.K, self.N) = tolerance, self.books[0].shape[1:]
+        if self.K > codes:
+            raise ValueError(f"codebooks of {self.K} words need more than codes={codes}.")
 
     @classmethod
     def load(cls, path, codes=2048):
         held = {name: x.numpy() for name, x in load_weights(path).items()}
-        if np.shape(held.get("codebooks"))[:1] != (3,) or held["codebooks"].ndim != 4 or "degree" not in held:
-            raise ValueError(f"{path}: codebooks (3, L, K, N) and a degree are expected, found {[*held]}.")
-        return cls(held["codebooks"], int(held["degree"]), codes)
+        books = [held[name] for name in GROUPS if name in held and held[name].ndim == 3]
+        if {*held} != {*GROUPS, "degree", "tolerance"} or len({b.shape[1:] for b in books}) * len(books) != 3:
+            raise ValueError(f"{path}: {', '.join(GROUPS)} (L, K, N), degree, tolerance are expected, found "
+                             f"{[*held]}.")
+        return cls(books, int(held["degree"]), codes, float(held["tolerance"]))
 
     @classmethod
-    def fit(cls, chunks, points, degree, levels, entries, codes=2048, seed=0):
-        """Train the codebooks on normalized chunks (n, T, 7 per arm), one level after the other."""
-        chunks, rng = np.asarray(chunks, np.float64), np.random.default_rng(seed)
-        group = cls.groups(chunks.shape[2])
-        control = np.einsum("pt,ntd->ndp", spline_fit(spline_basis(chunks.shape[1], points, degree)), chunks)
-        books = np.zeros((3, levels, entries, points), np.float32)
-        for g in range(3):
+    def fit(cls, chunks, points, degree, levels, entries, codes=2048, tolerance=np.inf, seed=0):
+        """Train the codebooks on normalized chunks, a list of (T, 7 per arm), one level after the other."""
+        rng, group = np.random.default_rng(seed), np.array(GROUP_OF)
+        arms = [c[:, i:i + 7] for c in chunks for i in range(0, len(cls.groups(c.shape[1])), 7)]   # (T, 7)
+        degree = min(degree, points - 1)
+        control = spline_fit(spline_basis(len(arms[0]), points, degree)) @ np.stack(arms)        # (n, N, 7)
+        control, books = control.swapaxes(1, 2).astype(np.float32), []
+        for g, L in enumerate(levels):
             left = control[:, group == g].reshape(-1, points)                       # (n dofs, N)
-            for level in range(levels):
-                books[g, level] = train_codebook(left, entries, rng)
-                book, parts = books[g, level:level + 1], np.array_split(left, len(left) // 4096 + 1)
-                left = left - np.concatenate([residual_quantize(x, book)[1] for x in parts])
-        return cls(books, degree, codes)
+            books.append(np.zeros((L, entries, points), np.float32))
+            for book in books[-1]:
+                book[:] = train_codebook(left, entries, rng)
+                left = np.concatenate([x - book[nearest(x, book)]
+                                       for x in np.array_split(left, len(left) // 4096 + 1)])
+        return cls(books, degree, codes, tolerance)
 
     @staticmethod
     def groups(D):
@@ -705,39 +739,59 @@ class OmniSAT:
         return np.tile(GROUP_OF, D // 7)                                            # (D,)
 
     def save(self, folder):
-        atomic_write(Path(folder) / "omnisat.safetensors",
-                     lambda part: save_file({"codebooks": self.books, "degree": np.array(self.degree)}, part))
+        held = {**dict(zip(GROUPS, self.books)), "degree": np.array(self.degree),
+                "tolerance": np.array(self.tolerance)}
+        atomic_write(Path(folder) / "omnisat.safetensors", lambda part: save_file(held, part))
 
-    def blocks(self, D):
-        """(D L,): the first code of each place's own range, group L K + level K; by dim, then level."""
-        _, L, K, _ = self.books.shape
-        return (self.groups(D)[:, None] * L * K + np.arange(L) * K).ravel()
+    def places(self, D):
+        """(dim, group, level, first code of its range) of each code of a chunk, by dim, then level: (n, 4).
+
+        Ranges of K codes follow each other; where there is no room for all, they begin anew: the place tells.
+        """
+        L, room = [len(b) for b in self.books], self.codes // self.K
+        return np.array([(dim, g, level, (sum(L[:g]) + level) % room * self.K)
+                         for dim, g in enumerate(self.groups(D)) for level in range(L[g])])
+
+    def steps(self, T, D):
+        """How many repairs a number has: 1, 2 ... times 2 tolerances up, as many down; 0: there are none."""
+        return self.codes // (T * D) // 2 * 2 if np.isfinite(self.tolerance) else 0
 
     def encode(self, chunk):
-        """A chunk (T, D) in [-1, 1] -> D L codes."""
-        T, D = np.shape(chunk)
-        control = spline_fit(spline_basis(T, self.books.shape[3], self.degree)) @ finite(chunk)      # (N, D)
+        """A chunk (T, D) in [-1, 1] -> list of codes."""
+        (T, D), step, fixes = np.shape(chunk), 2 * self.tolerance, []
+        control = spline_fit(spline_basis(T, self.N, self.degree)) @ finite(chunk)                   # (N, D)
         codes = [residual_quantize(c, self.books[g])[0] for c, g in zip(control.T, self.groups(D))]
-        return (np.concatenate(codes) + self.blocks(D)).tolist()
+        codes, V = (np.concatenate(codes) + self.places(D)[:, 3]).tolist(), self.steps(T, D)
+        left = (chunk - self.decode(codes, T, D)[0]).ravel()
+        while V and len(fixes) < self.repairs * len(codes) and np.abs(left).max() > self.tolerance:
+            worst = int(np.abs(left).argmax())
+            j = int(np.clip(np.rint(left[worst] / step), -V // 2, V // 2))
+            fixes.append(worst * V + j + V // 2 - (j > 0))
+            left[worst] -= step * j
+        return codes + sorted(fixes)
 
     def decode(self, codes, T, D):
-        """D L codes -> (chunk (T, D), "") or (None, what is wrong). Any T will do: a spline has no steps."""
-        _, L, K, N = self.books.shape
-        index = np.asarray(codes, np.int64) - self.blocks(D) if len(codes) == D * L else np.array([-1])
-        if not ((index >= 0) & (index < K)).all():
-            return None, f"these {len(codes)} codes are not {D * L} codes in the order of OmniSAT"
-        words = self.books[np.repeat(self.groups(D), L), np.tile(np.arange(L), D), index]    # (D L, N)
-        control = words.reshape(D, L, N).sum(1, dtype=np.float64).T
-        return spline_basis(T, N, self.degree) @ control, ""
+        """List of codes -> (chunk (T, D), "") or (None, what is wrong). Without repairs any T will do: a
+        spline has no steps."""
+        (dim, group, level, first), V = self.places(D).T, self.steps(T, D)
+        n, control = len(dim), np.zeros((D, self.N))
+        index = np.asarray(codes[:n], np.int64) - first if n <= len(codes) else np.array([-1])
+        if not ((index >= 0) & (index < self.K)).all() or any(k >= T * D * V for k in codes[n:]):
+            return None, f"these {len(codes)} codes are not {n} codes in the order of OmniSAT, and repairs"
+        np.add.at(control, dim, [self.books[g][n, k] for g, n, k in zip(group, level, index)])
+        chunk = spline_basis(T, self.N, self.degree) @ control.T                    # (T, D)
+        for place, j in (divmod(k, V) for k in codes[n:]):
+            chunk.flat[place] += 2 * self.tolerance * (j - V // 2 + (j >= V // 2))
+        return chunk, ""
 
     @functools.cache
     def grammar(self, T, D):
-        """Each place has its own range of K codes."""
-        blocks, K = self.blocks(D), self.books.shape[2]
-        zeros = torch.zeros(self.codes, dtype=torch.long)
-        slot = torch.from_numpy(np.append(blocks // K, 0))
-        table = torch.arange(self.codes) // K == torch.arange(int(slot.max()) + 1)[:, None]
-        return Grammar(len(blocks), zeros + 1, zeros, slot, table)
+        """Each place has its own range of K codes; then come repairs."""
+        V, (bases, slot) = self.steps(T, D), np.unique(self.places(D)[:, 3], return_inverse=True)
+        k, n, more = torch.arange(self.codes), len(slot), len(slot) * self.repairs * (V > 0)
+        table = torch.stack([*((b <= k) & (k < b + self.K) for b in bases), k < T * D * V])
+        slot = torch.from_numpy(np.append(slot, [len(bases)] * (more + 1)))
+        return Grammar(n + more, n, torch.ones_like(k), torch.zeros_like(k), slot, table)
 
 
 # ---- Text: prompts, conversations, labels -----------------------------------------------------------------
@@ -840,54 +894,6 @@ def parse_ability(ability, answer):
     return np.array(found, np.int64).reshape(-1, re.compile(pattern).groups)
 
 
-def resample(path, n=20):
-    """A path (m, 2) -> n points on it, equally far apart along it."""
-    path = np.asarray(path, np.float64)
-    along = np.append(0, np.linalg.norm(np.diff(path, axis=0), axis=1).cumsum())
-    return np.stack([np.interp(np.linspace(0, along[-1], n), along, x) for x in path.T], 1)
-
-
-def frechet(p, q):
-    """Discrete Frechet distance of two paths (n, 2), (m, 2): the shortest leash that two walkers need."""
-    d = np.linalg.norm(np.asarray(p)[:, None] - np.asarray(q), axis=-1)             # (n, m)
-    for i, j in np.ndindex(*d.shape):
-        before = [d[a, b] for a, b in ((i - 1, j), (i, j - 1), (i - 1, j - 1)) if min(a, b) >= 0]
-        d[i, j] = max(d[i, j], min(before, default=0))
-    return float(d[-1, -1])
-
-
-def score_ability(ability, found, truth):
-    """Measures of parse_ability's result: {name: number}; what could not be read counts as the worst.
-
-    truth: of pointing, a mask (h, w) bool; of boxes, x1 y1 x2 y2; of a trajectory, points (n, 2) [pixels].
-    """
-    if ability == "pointing":
-        h, w = np.shape(truth)
-        return {"in mask": sum(bool(x < w and y < h and truth[y][x]) for x, y in found) / max(len(found), 1)}
-    if ability == "trajectory":
-        if not len(found):
-            return {"rmse": np.inf, "frechet": np.inf}
-        a, b = resample(found), resample(truth)
-        return {"rmse": float(np.sqrt(((a - b) ** 2).sum(1).mean())), "frechet": frechet(a, b)}
-    if ability not in ("affordance", "grounding"):
-        raise ValueError(f"answers to {ability!r} have no measure; there is one for {[*ABILITIES][1:]}.")
-    a, b = np.array(found[0] if len(found) else [0] * 4, np.float64), np.array(truth, np.float64)
-    both = np.clip(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0, None).prod()
-    either = sum(np.clip(x[2:] - x[:2], 0, None).prod() for x in (a, b)) - both
-    return {"iou": float(both / either) if either > 0 else 0.0}
-
-
-def draw_ability(image, found):
-    """A picture, uint8 (h, w, 3), with points (n, 2), joined in order, or boxes (n, 4) drawn into it."""
-    picture, found = Image.fromarray(image), np.asarray(found)
-    pen, points = ImageDraw.Draw(picture), found.shape[1] == 2
-    for path in [found] if points else found[:, [[0, 1], [2, 1], [2, 3], [0, 3], [0, 1]]]:
-        pen.line([tuple(p) for p in path.tolist()], (255, 200, 0), 2)
-    for x, y in found if points else ():
-        pen.ellipse((x - 3, y - 3, x + 3, y + 3), (255, 0, 0))
-    return np.array(picture)
-
-
 class Words:
     """The two tokenizers: of text (a transformers one), and of actions (Fast or OmniSAT)."""
 
@@ -902,7 +908,7 @@ class Words:
 
 
 def example_chunks(cfg, n=400):
-    """Smooth chunks (n, T, A) in [-1, 1]: what the "tiny" action tokenizers are fitted on."""
+    """Smooth chunks (n, T, A) in [-1, 1]: what action tokenizers are fitted on where there is no data yet."""
     rng, t = np.random.default_rng(0), np.linspace(0, 1, cfg.horizon)[:, None]
     start, speed, bend = rng.uniform(-1, 1, (3, n, 1, cfg.action_dim))
     x = start * rng.integers(0, 2, start.shape) + speed * t + bend / 2 * np.sin(np.pi * t)
@@ -911,28 +917,53 @@ def example_chunks(cfg, n=400):
 
 
 def fit_actions(cfg, chunks):
-    """The tokenizer that cfg asks for, fitted on normalized chunks (n, T, A)."""
+    """The tokenizer that cfg asks for, fitted on normalized chunks, a list of (T, A) of any bodies."""
     if cfg.tokens == "fast":
         return Fast.fit(chunks, cfg.fast_scale, cfg.codes, cfg.fast_min)
-    return OmniSAT.fit(chunks, cfg.points, cfg.degree, cfg.levels, cfg.entries, cfg.codes)
+    return OmniSAT.fit(chunks, cfg.points or cfg.horizon, cfg.degree, cfg.levels, cfg.entries, cfg.codes,
+                       cfg.tolerance)
 
 
 def load_actions(cfg, folder=None):
-    """The tokenizer of actions: in a checkpoint's folder, else what cfg.fast or cfg.omnisat names."""
+    """The tokenizer of actions: in a checkpoint's folder, else what cfg.fast or cfg.omnisat names ("fit": one
+    for made-up chunks, until `fit` has seen the data)."""
     file = "fast_tokenizer.json" if cfg.tokens == "fast" else "omnisat.safetensors"
     path, wanted = Path(folder or "") / file, getattr(cfg, cfg.tokens)
     if folder is None or not path.is_file():
-        if wanted == "tiny":
-            return fit_actions(cfg, example_chunks(cfg))
+        if wanted == "fit":
+            made_up = fit_actions(cfg, example_chunks(cfg))
+            made_up.fitted = False
+            return made_up
         if not wanted:
-            raise ValueError("tokens=omnisat needs codebooks, and none are published: train some with python "
-                             "robobrain_x0.py --fit omnisat, and set omnisat to their folder.")
+            raise ValueError("tokens=omnisat needs codebooks, and none are published: set omnisat=fit, or "
+                             "train some (python examples/action_tokens.py), and set it to their folder.")
         path = resolve(wanted, ["tokenizer.json"], cfg.tokens)
         if path.is_dir():
             path = path / file if (path / file).is_file() else path / "tokenizer.json"
     if cfg.tokens == "fast":
         return Fast.load(path, cfg.fast_scale, cfg.fast_min, cfg.codes)
     return OmniSAT.load(path, cfg.codes)
+
+
+def fit(cfg, words, dataset, stats, n=4000):
+    """What train.py calls before a new run: fits the action tokenizer on up to n of the data's own chunks.
+
+    Nothing happens where cfg names one, or --init brought one along. All processes get that of the first.
+    """
+    if words.actions.fitted:
+        return
+    box = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        rows = itertools.islice(dataset, n)
+        if hasattr(dataset, "__len__"):
+            rows = (dataset[i] for i in np.linspace(0, len(dataset) - 1, min(n, len(dataset))).astype(int))
+        chunks = [normalize(row["actions"], pick_stats(stats, row["dataset"])) for row in rows
+                  if "actions" in row and not row.get("done")]
+        chunks = [c for x in chunks for c in np.split(x, len(x) // cfg.horizon)]
+        box = [fit_actions(cfg, chunks) if chunks else words.actions]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    words.actions, = box
 
 
 def load_tokenizer(cfg, folder=None, own=True):
@@ -1112,10 +1143,10 @@ def human_turn(sample, cfg, subtask, teach):
 
 def answer_codes(sample, cfg, words, stats):
     """(codes of each chunk, how many numbers lie beyond the quantiles) of a sample's actions."""
-    shape, T, A = np.shape(sample["actions"]), cfg.horizon, cfg.action_dim
-    if shape not in [(n * T, A) for n in range(1, cfg.chunks + 1)]:
-        raise ValueError(f"actions: (horizon, action_dim) = {(T, A)}, or up to chunks={cfg.chunks} times as "
-                         f"many rows, are expected, found {shape}. Set these, or fix the data.")
+    (n, A), T = np.shape(sample["actions"]), cfg.horizon
+    if n not in range(T, cfg.chunks * T + 1, T) or A > cfg.action_dim:
+        raise ValueError(f"actions: (horizon, action_dim) = {(T, cfg.action_dim)}, up to chunks={cfg.chunks} "
+                         f"times as many rows, are expected, found {(n, A)}. Set these, or fix the data.")
     x = normalize(sample["actions"], pick_stats(stats, sample.get("dataset")), clip=False)
     chunks = [words.actions.encode(c) for c in np.clip(x, -1, 1).reshape(-1, T, A)]
     return chunks, int((np.abs(x) > 1 + 1e-6).sum())
@@ -1126,13 +1157,13 @@ def prepare(sample, cfg, tokenizer, stats=None, key=None, train=False):
 
     patches (P, 3 patch^2) uint8, grid (n, 3), ids (L,), positions (3, L), delta (); with an answer also
     labels (L,) and clamped (). A sample with `conversations` (and images in their order) is image-text data;
-    `finished`: its answer is <EOA>. The method draws nothing; key is for the record.
+    `done`: its answer is <EOA>. The method draws nothing; key is for the record.
     """
     talk, clamped = sample.get("conversations"), 0
     chunks = sample.get("action_codes")                        # of an official JSONL: [[code, ...], ...]
     if talk is None:
         check_observation(sample, cfg.views, cfg.state_dim)
-        given, done, now = sample["images"], bool(sample.get("finished")), sample.get("subtask") or ""
+        given, done, now = sample["images"], bool(sample.get("done")), sample.get("subtask") or ""
         images = [given[v] for v in cfg.views] if cfg.views[0] in given else list(given.values())
         acts = "actions" in sample
         subtask = cfg.subtask and (bool(now) or not acts)
@@ -1184,7 +1215,6 @@ def collate(prepared, cfg):
         b, j = (labels != -100).nonzero(as_tuple=True)
         batch["rows"], batch["targets"] = b * L + j - 1, labels[b, j]
     return batch
-
 
 
 # ---- Decoding: the same weights over a cache of fixed size ----------------------------------------------
@@ -1310,7 +1340,7 @@ class Writer:
         self.short, device, (B, L, _) = mode == "actions", rows.device, rows.shape
         self.grammar, self.limit = None, cfg.max_new_tokens
         if grammar:                                            # two codes per unit at most, see Fast.grammar
-            self.grammar = Grammar(grammar.size, *(x.to(device) for x in grammar[1:]))
+            self.grammar = Grammar(*grammar[:2], *(x.to(device) for x in grammar[2:]))
             self.limit = cfg.chunks * (2 * grammar.size + 1) + 2 + cfg.max_words * (mode == "subtask")
         self.window = cfg.window if any(drafts) else 1
         size = 1 + self.limit + self.window
@@ -1380,10 +1410,10 @@ class Writer:
         last = torch.where(is_code, g.after[code], 0)
         units, acting, number, last = (x.gather(1, before) for x in (units, acting, number, last))   # (B, K)
         done = (text[:, 1:2] == cfg.eoa_id) & (before > 0)                          # <EOA>: only the end
-        full = acting & (units >= g.size) & (last == 0)
+        full = acting & (units >= g.least) & (last == 0)
         fits = g.table[last + g.slot[units.clamp(max=g.size)]] & (g.count <= (g.size - units)[..., None])
         ok = torch.zeros(*before.shape, len(self.heads), dtype=torch.bool, device=text.device)
-        ok[..., self.base:self.base + cfg.codes] = fits & (acting & ~full & ~done)[..., None]
+        ok[..., self.base:self.base + cfg.codes] = fits & (acting & ~done)[..., None]
         if not self.short:
             ok[..., :cfg.action_id] = (~acting & ~done & (before < cfg.max_words))[..., None]
             ok[..., self.boa] = ~acting & ~done & (before > 0)
@@ -1512,7 +1542,7 @@ class Model(nn.Module):
                 return Writer(cfg, reader, batch, rows, mode, grammar, drafts, seed).run()
 
     def act(self, observations, unnorm_key=None, seed=None, **how):
-        """A list of raw observations -> (chunks (B, T, A) float32 in robot units, info).
+        """A list of raw observations of one body -> (chunks (B, T, A) float32 in robot units, info).
 
         An observation may carry `draft` (ids to speculate with) and `last_action`, see Policy.ask. seed: of
         the draws when temperature > 0. how: other Config values for this call. info: subtasks, ids; tokens,
@@ -1521,8 +1551,9 @@ class Model(nn.Module):
         """
         if not observations:
             raise ValueError("act() needs at least one observation.")
-        cfg = configure(self.cfg, **how) if how else self.cfg
-        stats, (T, A) = pick_stats(self.stats, unnorm_key), (cfg.horizon, cfg.action_dim)
+        stats, A = body_stats(self.stats, unnorm_key, observations)
+        cfg = configure(self.cfg, action_dim=A, **how)
+        T = cfg.horizon
         self.tokenizer = self.tokenizer or load_tokenizer(cfg)
         keep = ("images", "depth", "instruction", "state", "embodiment")
         seen = [{name: o[name] for name in keep if name in o} for o in observations]
@@ -1682,7 +1713,7 @@ def infer(robot, body, write, decode, actions, stats, subtask, official=False, c
             raise ValueError(f"instruction: a text is expected, found {body['instruction']!r:.60}")
         if not stats or key not in stats:
             raise ValueError(f"statistics for {key!r} are missing, there are {sorted(stats or {})}: put the "
-                             "file beside the checkpoint, or fit one (python robobrain_x0.py --fit ...).")
+                             "file beside the checkpoint, or make one (examples/action_tokens.py).")
         prompt = serving_prompt(robot, body["instruction"], subtask)
         ids = write(prompt, pictures, generate_options(robot, cfg))
         words, chunks, finished = parse_answer(ids, cfg, subtask, decode)
@@ -1882,62 +1913,5 @@ def demo():
               f"said {said!r} and codes {codes[0]}:\nthat is {np.round(chunk[0], 2)} ...")
 
 
-def fit(kind, path, folder, preset):
-    """--fit: statistics and an action tokenizer from raw chunks (n, T, A), and what they cost and lose."""
-    choose("--fit: there is no tokenizer", kind, ["fast", "omnisat"])
-    try:
-        chunks = np.load(path, allow_pickle=False)
-        n, T, A = chunks.shape
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{path}: an .npy file of chunks (n, T, A) in robot units is wanted: {e}") from e
-    stats, cfg = quantile_stats(chunks.reshape(-1, A)), PRESETS[preset]
-    cfg, x = replace(cfg, tokens=kind, horizon=T, execute=1, action_dim=A), normalize(chunks, stats)
-    actions = fit_actions(cfg, x)
-    codes = [actions.encode(c) for c in x]
-    error = np.abs([actions.decode(c, T, A)[0] for c in codes] - x)
-    actions.save(folder)
-    write_json(Path(folder) / "action_stats.json", {"action.eepose": stats})
-    print(f"{kind}: {n} chunks of {T} x {A}, {np.mean([len(c) for c in codes]):.1f} codes each; normalized "
-          f"error: mean {error.mean():.4f}, largest {error.max():.4f}. Wrote {folder}")
-
-
-def score(path, checkpoint, folder):
-    """--score: ask a checkpoint a JSONL's questions; print each measure's mean, draw the answers.
-
-    A line: {"image": file, "ability", "question", and "mask": file, "box": 4 numbers or "points"}.
-    """
-    model, found, root = from_pretrained(checkpoint), {}, Path(path).parent
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for n, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines()):
-        try:
-            row = json.loads(line)
-            image = np.array(Image.open(root / row["image"]).convert("RGB"))
-            truth = row.get("box") or row.get("points")
-            if "mask" in row:
-                truth = np.array(Image.open(root / row["mask"]).convert("L")) > 127
-            got, _ = model.answer(image, row["question"], row["ability"], temperature=0.0)
-            measures = score_ability(row["ability"], got, truth)
-        except (OSError, KeyError, TypeError, ValueError) as e:
-            raise ValueError(f"{path}, line {n + 1}: {type(e).__name__} {e}; see robobrain_x0.score.") from e
-        for name, value in measures.items():
-            found.setdefault(f"{row['ability']} {name}", []).append(value)
-        Image.fromarray(draw_ability(image, got)).save(Path(folder) / f"{n:05d}.png")
-    for name, values in found.items():
-        print(f"{name:<20} {np.mean(values):8.3f}   ({len(values)} questions)")
-
-
-def main():
-    parser = Parser("RoboBrain-X0: tiny demo, one's own action tokenizer, or its other abilities scored.")
-    parser.add_argument("--fit", nargs=3, metavar=("KIND", "NPY", "FOLDER"),
-                        help="fast or omnisat, on raw chunks (n, T, A)")
-    parser.add_argument("--preset", default="3b", choices=[*PRESETS], help="whose sizes the tokenizer gets")
-    parser.add_argument("--score", nargs=3, metavar=("JSONL", "CKPT", "FOLDER"),
-                        help="pointing, boxes and trajectories against the truth; drawings go to FOLDER")
-    args = parser.parse_args()
-    if args.fit:
-        return fit(*args.fit, args.preset)
-    return score(*args.score) if args.score else demo()
-
-
 if __name__ == "__main__":
-    cli(main)
+    cli(demo)

@@ -2,7 +2,7 @@
 Make the trunk that a tiny preset starts from: a small vision-language model that knows what is where.
 
     python examples/pretrain_trunk.py                                      # CogACT's, into assets/
-    python examples/pretrain_trunk.py --model vla0 --ask 3 --steps 7000    # VLA-0's
+    python examples/pretrain_trunk.py --model vla0 --ask 3 --steps 7000    # VLA-0's; robobrain_x0's likewise
 
 Real VLAs start from a vision-language model that has seen the world. So does ours, only that its world is the
 simulator: random scenes of the seeds "pretrain" (never those of training, validation or evaluation), random
@@ -15,7 +15,7 @@ action of the expert is ever shown to it:
                  3.3 cm in the mean (median 0.6); one in four was another thing of that colour
   where is it?   at the last token of a prompt that names things ("pick up the red cube", "find the plate"):
                  position of X, of Y, of the gripper; is X in the hand; which task is asked. A method that
-                 writes (VLA-0) also answers in text which way X and Y lie from the gripper: geometry too,
+                 writes (VLA-0, X0) also answers in text which way X and Y lie from the gripper: geometry too,
                  but the first 4 cm of it are what an action says when nothing is in the way
 
 The answering heads are linear, used here only, and thrown away. The error of the answers on unseen scenes
@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import a0  # noqa: E402
 import cogact  # noqa: E402
 import eval_sim  # noqa: E402
+import robobrain_x0  # noqa: E402
 import robovlms  # noqa: E402
 import vla0  # noqa: E402
 from common import Parser, atomic_write, cli, load_weights, read_json, within, write_json  # noqa: E402
@@ -226,12 +227,12 @@ class VLA0:
     def embedding(m):
         return m.model.embed_tokens
 
-    @staticmethod
-    def read(m, rows, index, see, grid):
+    @classmethod
+    def read(cls, m, rows, index, see, grid):
         # M-RoPE: a picture of grid x grid tokens takes up `grid` places on the time axis
-        picture = range(VLA0.start, VLA0.start + grid * grid)
+        picture = range(cls.start, cls.start + grid * grid)
         row = [m.cfg.image_id if i in picture else 0 for i in range(int(index.max()) + 1)]
-        positions = vla0.rope_positions(row, m.cfg, (grid, grid))[0][:, index]                     # (3, N)
+        positions = cls.places(row, m.cfg, grid)[:, index]                                         # (3, N)
         return m.model(inputs_embeds=rows, position_ids=positions[:, None].expand(-1, len(rows), -1),
                        use_cache=False, attention_mask={"full_attention": see[None, None]},
                        output_hidden_states=True)
@@ -245,7 +246,38 @@ class VLA0:
     def before(cfg, tokenizer):
         return vla0.encode_prompt(vla0.build_prompt("x", cfg), cfg, tokenizer, 1)[:VLA0.start]
 
+    @staticmethod
+    def places(row, cfg, grid):
+        return vla0.rope_positions(row, cfg, (grid, grid))[0]
+
     skip = ()
+
+
+class RoboBrainX0(VLA0):
+    """How RoboBrain-X0 looks and reads: as VLA-0, of whose family it is, with its own words."""
+    method, start = robobrain_x0, 5
+
+    @staticmethod
+    def look(m, images):
+        patches, grids = zip(*(robobrain_x0.patchify(image.numpy(), m.cfg) for image in images.flatten(0, 1)))
+        pixels = robobrain_x0.to_pixels(torch.cat(patches), m.cfg)
+        out = m.visual(pixels, grid_thw=torch.tensor(grids)).pooler_output
+        return out.view(len(images), -1, m.cfg.llm_width)
+
+    @staticmethod
+    def question(cfg, tokenizer, text, answer):
+        asked = {"from": "human", "value": robobrain_x0.human_turn({"instruction": text}, cfg, False, False)}
+        rows = ([asked, {"from": "gpt", "value": said}] for said in (answer, None))
+        whole, alone = (robobrain_x0.encode_conversation(row, None, [1], tokenizer, cfg)[0] for row in rows)
+        return whole[RoboBrainX0.start + 1:], len(alone) - RoboBrainX0.start - 1
+
+    @staticmethod
+    def before(cfg, tokenizer):
+        return [cfg.im_start_id, *tokenizer.encode("user"), *tokenizer.encode("\n"), cfg.vision_start_id]
+
+    @staticmethod
+    def places(row, cfg, grid):
+        return robobrain_x0.rope_positions(row, cfg, [[1, grid, grid]])[0]
 
 
 class A0:
@@ -348,7 +380,7 @@ class RoboVLMs:
     skip = "act_head."
 
 
-METHODS = {"a0": A0, "cogact": CogACT, "robovlms": RoboVLMs, "vla0": VLA0}
+METHODS = {m.method.__name__: m for m in (A0, CogACT, RoboBrainX0, RoboVLMs, VLA0)}
 
 
 def paths(row, counts):

@@ -21,6 +21,7 @@ import vla0  # noqa: E402
 QUICK = "--rounds 1 --inner 1 --warmup 0 --check"
 SMALL = {"vla0": "--set horizon=1 execute=1 llm_depth=2 vit_depth=1 full_attention=0 image_size=48",
          "a0": "--set image_size=48 depth=3 width=64 siglip_width=32 qwen_width=32",
+         "robobrain_x0": "--set horizon=2 execute=1 llm_depth=2 vit_depth=1 full_attention=0 image_size=48",
          "robovlms": "--set history=3 vit_depth=1 llm_depth=2 image_size=48 image_tokens=4",
          "cogact": "--set dino_depth=2 siglip_depth=2 llm_depth=2 depth=2 image_size=48"}
 NUMBERS = ("ms ratio flops bytes floor_ms x_floor mfu ops saved_bytes forwards tokens_in tokens_out "

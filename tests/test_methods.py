@@ -26,7 +26,7 @@ SMALL = {
     "vla0": dict(image_size=16, patch_size=4, merge_size=2, window_size=16, vit_width=16, vit_depth=2,
                  vit_mlp=16, full_attention=(1,), llm_width=32, llm_depth=2, llm_mlp=32, llm_init=0.3,
                  mrope_section=(1, 1, 2), horizon=4, window=0),
-    "robobrain_x0": dict(action_dim=7), "robovlms": dict(history=1, horizon=4)}
+    "robobrain_x0": dict(action_dim=7, llm_init=0.3), "robovlms": dict(history=1, horizon=4)}
 # what turns all augmentation on, and what of a prepared sample it draws
 AUGMENTED = {
     "cogact": (dict(augment=True), {"images"}), "a0": (dict(augment=True, image_aug=True), {"images"}),

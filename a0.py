@@ -593,7 +593,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def see(self, images, keep=False):
-        """uint8 (N, h, w, 3) -> SigLIP's last hidden state (N, P, D). keep: what the last call with `keep` has
+        """uint8 (N, h, w, 3) -> SigLIP's last hidden state (N, P, D). keep: what the last such call has
         seen (the reference frame, the grey one) is not encoded again. On a CPU equal pictures are encoded
         once in any case: half of a batch may be grey."""
         if not keep and images.device.type != "cpu":

@@ -1495,6 +1495,8 @@ class LeRobot(Recorded):
         self.choose_columns([key for key in self.kinds if key not in cameras], cameras)
         self.data_files, self.videos = Opened(_open_parquet), Opened(Video)
         self.groups = Opened(self._group, 4)
+        for module in ("pyarrow.parquet", "av") if "video" in self.kinds.values() else ("pyarrow.parquet",):
+            _optional(module, self.root)
         self.tasks = self._tasks()
         with _layout(path, self.FORM):
             self.episodes = self._episodes()
@@ -1504,20 +1506,19 @@ class LeRobot(Recorded):
         self.files = [*sorted((self.root / "meta").rglob("*.*")), *used]
 
     def _tasks(self):
-        if self.version < "v3":
-            rows = _json_lines(self.root / "meta" / "tasks.jsonl", self.FORM)
-        else:
-            with _layout(path := self.root / "meta" / "tasks.parquet", self.FORM):
-                rows = _optional("pyarrow.parquet", path).read_table(path).to_pylist()
-        # the text is pandas' index: its column is called __index_level_0__, or task
-        texts = {row.pop("task_index"): next(iter(row.values())) for row in rows}
+        old, pq = self.version < "v3", _optional("pyarrow.parquet", self.root)
+        with _layout(path := self.root / "meta" / ("tasks.jsonl" if old else "tasks.parquet"), self.FORM):
+            rows = _json_lines(path) if old else pq.read_table(path).to_pylist()
+            # the text is pandas' index: its column is called __index_level_0__, or task
+            texts = {row.pop("task_index"): next(iter(row.values()), "") for row in rows}
         return [texts.get(i, "") for i in range(max(texts, default=-1) + 1)]
 
     def _episodes(self):
         """A dict each: index, length, data (file), videos {camera: (file, from [s], to or None)}."""
         about, videos = self.about, [key for key in self.views.values() if self.kinds[key] == "video"]
         if self.version < "v3":
-            rows, per = _json_lines(self.root / "meta" / "episodes.jsonl", self.FORM), about["chunks_size"]
+            with _layout(path := self.root / "meta" / "episodes.jsonl", self.FORM):
+                rows, per = _json_lines(path), about["chunks_size"]
             named = [({}, {"episode_chunk": row["episode_index"] // per} | row) for row in rows]
         else:
             wanted = ["data/chunk_index", "data/file_index"]
@@ -1561,7 +1562,8 @@ class LeRobot(Recorded):
         """The columns of a file, sorted by episode and frame: neither the order of rows is to be trusted."""
         wanted = {"actions": self.action, "state": self.state, "episode": "episode_index",
                   "frame": "frame_index", "time": "timestamp", "task": "task_index"}
-        wanted |= {"waypoints": "waypoints"} if "waypoints" in self.kinds else {}
+        if self.about["features"].get("waypoints", {}).get("shape") == [10]:
+            wanted["waypoints"] = "waypoints"
         if not path.is_file():
             raise ValueError(f"{path} is missing")
         with _layout(path, self.FORM):
@@ -1589,6 +1591,12 @@ class LeRobot(Recorded):
         for path, start, end in e["videos"].values():
             if not path.is_file():
                 return f"{path} is missing"
+            try:
+                last = self.videos(path, self.fps).end
+            except ValueError as error:
+                return str(error)
+            if last < (start or 0) + (e["length"] - 0.5) / self.fps:
+                return f"{path}, episode {e['index']}: the video ends at {last:.3f} s, before the rows do"
             if end is not None and abs((end - start) * self.fps - e["length"]) > 0.5:
                 return (f"{path}, episode {e['index']}: {end - start:.3f} s for {e['length']} frames, but "
                         f"info.json's fps is {self.fps:g}")
@@ -1640,9 +1648,8 @@ class LeRobot(Recorded):
             yield f"feature {key}: {about['dtype']} {about.get('shape')} {about.get('names') or ''}"
 
 
-def _json_lines(path, form):
-    with _layout(path, form):
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+def _json_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def _open_parquet(path):
@@ -1677,7 +1684,9 @@ class Video:
             self.file = _optional("av", path).open(str(path))
             self.stream = self.file.streams.video[0]
             self.stream.codec_context.thread_count = 1         # the workers are the threads
-            rate = float(self.stream.average_rate)
+            rate, length = float(self.stream.average_rate), self.stream.duration
+            ticks = (self.stream.start_time or 0) + (length or math.inf)
+            self.end = float(self.stream.time_base) * ticks
         if abs(rate - fps) > 0.01 * fps:
             raise ValueError(f"{path} has {rate:g} frames per second, info.json's fps is {fps:g}: its frames "
                              "do not belong to the rows. Convert the video, or correct the fps.")
@@ -1688,7 +1697,7 @@ class Video:
         with _layout(self.path, "LeRobot's videos"):
             for t in times.tolist():
                 if not 0 < t - last < 8 / self.fps:            # far from the last: go there by the index
-                    self.file.seek(round(t / self.stream.time_base) - 1, stream=self.stream)
+                    self.file.seek(round(t / self.stream.time_base), stream=self.stream)
                     decoded = self.file.decode(self.stream)
                 frame = next((frame for frame in decoded if frame.time >= t - 0.5 / self.fps), None)
                 if frame is None or abs(frame.time - t) > max(TOLERANCE, self.stream.time_base):
@@ -1835,8 +1844,8 @@ def recorded_dataset(spec, split, views, expect, **how):
         if split == "train" and rank_info()[0] == 0:
             read = {**data.views, "action": data.action, "state": data.state or "its usual columns, or zeros"}
             read = ", ".join(f"{what}={column}" for what, column in read.items())
-            print(f"{folder}: {len(data):,} frames, {len(data.kept):,} episodes, {len(data.damaged):,} damaged "
-                  f"ones left out; {read}", file=sys.stderr)
+            print(f"{folder}: {len(data):,} frames, {len(data.kept):,} episodes; left out: "
+                  f"{len(data.damaged):,} damaged; {read}", file=sys.stderr)
     names = [data.name for data in sets]
     if len(set(names)) < len(names):
         raise ValueError(f"--data {spec}: sets of one name in {names}; name them: lerobot=DIR,name=mine.")
@@ -1856,7 +1865,7 @@ class LeRobotWriter:
     An episode has files of its own (v3.0 allows it), the last of them its row in meta/episodes. Killed at any
     moment, len(writer) whole episodes are there; a new writer goes on after them, to the same bytes. close()
     derives the rest from the episodes: tasks, stats.json (with the quantiles of all rows), info.json, without
-    which it is no dataset yet. video: AV1 as LeRobot's own, else PNG in the parquet files, without loss.
+    which it is no dataset yet. video: H.264, a key frame every 2, else PNG in the parquet files, lossless.
     made_from: what the episodes depend on; going on with other values is a ValueError.
     """
 
@@ -1920,7 +1929,8 @@ class LeRobotWriter:
         row |= {f"stats/{key}/{name}": x for key, one in stats.items() for name, x in one.items()}
         row |= {"meta/episodes/chunk_index": chunk, "meta/episodes/file_index": file}
         for folder, table in (("data", data), ("meta/episodes", {key: [x] for key, x in row.items()})):
-            atomic_write(self._path(folder, number), partial(self.pq.write_table, _parquet_table(table)))
+            table = _parquet_table(table)                      # to read a picture is to read its row group
+            atomic_write(self._path(folder, number), partial(self.pq.write_table, table, row_group_size=16))
         self.rows.append(row)
 
     def _claim(self, number, n, cameras, columns, instruction):
@@ -1963,7 +1973,7 @@ class LeRobotWriter:
             if feature["dtype"] == "video":
                 h, w, _ = feature["shape"]
                 features[key] = feature | {"info": {
-                    "video.height": h, "video.width": w, "video.codec": "av1", "video.pix_fmt": "yuv420p",
+                    "video.height": h, "video.width": w, "video.codec": "h264", "video.pix_fmt": "yuv420p",
                     "video.is_depth_map": False, "video.fps": self.fps, "video.channels": 3,
                     "has_audio": False}}
         stats = {key: self._whole(key, feature) for key, feature in features.items()}
@@ -1995,11 +2005,19 @@ class LeRobotWriter:
 
 def lerobot_stats(x):
     """Statistics of (n,), (n, k): lists (k,); of pictures (n, h, w, 3): per channel, 0 .. 1, (3, 1, 1)."""
-    pictures, count = x.ndim == 4, len(x)
-    x = x[::-(-count // 100)] / 255 if pictures else x.reshape(count, -1).astype(np.float64)
-    axis, shape = ((0, 1, 2), (3, 1, 1)) if pictures else (0, (-1,))
-    found = {"min": x.min(axis), "max": x.max(axis), "mean": x.mean(axis), "std": x.std(axis)}
-    found |= {f"q{q:02d}": np.quantile(x, q / 100, axis) for q in (1, 10, 50, 90, 99)}
+    shares, pictures = (1, 10, 50, 90, 99), x.ndim == 4
+    if pictures:                                               # at most 100 of them; their levels are counted
+        x, v = x[::-(-len(x) // 100)], np.arange(256)[:, None] / 255
+        n = np.stack([np.bincount(x[..., c].ravel(), minlength=256) for c in range(3)], 1)      # (256, 3)
+        mean, below = (n * v).sum(0) / n[:, 0].sum(), n.cumsum(0) / n[:, 0].sum()
+        found = {"min": x.min((0, 1, 2)) / 255, "max": x.max((0, 1, 2)) / 255, "mean": mean,
+                 "std": np.sqrt((n * (v - mean)**2).sum(0) / n[:, 0].sum())}
+        found |= {f"q{q:02d}": (below >= q / 100).argmax(0) / 255 for q in shares}
+    else:
+        x = x.reshape(len(x), -1).astype(np.float64)
+        found = {"min": x.min(0), "max": x.max(0), "mean": x.mean(0), "std": x.std(0)}
+        found |= {f"q{q:02d}": np.quantile(x, q / 100, 0) for q in shares}
+    shape = (3, 1, 1) if pictures else (-1,)
     return {name: value.reshape(shape).tolist() for name, value in found.items()} | {"count": [len(x)]}
 
 
@@ -2023,10 +2041,10 @@ def _parquet_table(columns):
 
 def _write_video(pictures, fps, path):
     av = _optional("av", path)
-    os.environ.setdefault("SVT_LOG", "1")                      # the encoder's errors only
     with av.open(str(path), "w", format="mp4") as file:
-        stream = file.add_stream("libsvtav1", rate=Fraction(fps).limit_denominator(1001), options={
-            "g": "2", "crf": "30", "svtav1-params": "lp=1"})
+        # LeRobot's own choice, SVT-AV1, makes its caller a real-time process if root calls it: not here
+        stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001),
+                                 options={"g": "2", "crf": "18", "threads": "1"})
         stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "yuv420p"
         for picture in pictures:
             file.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24")))
@@ -2350,7 +2368,8 @@ def describe_recorded(folder, form):
     print("\n".join(data.facts()))
     print("tasks        " + "; ".join(data.tasks[:4]) + "; ..." * (len(data.tasks) > 4))
     good = (i for i, (number, _) in enumerate(data.kept) if number not in damaged)
-    for key, value in data[int(data.at[i])].items() if (i := next(good, None)) is not None else ():
+    first = next(good, None)
+    for key, value in () if first is None else data[int(data.at[first])].items():
         shown = {view: image.shape for view, image in value.items()} if key == "images" else repr(value)
         print(f"sample       {key}: {value.shape if isinstance(value, np.ndarray) else shown}")
     for key in ("q01", "q99", "mean", "std", "mask"):

@@ -199,7 +199,8 @@ PRESETS = {
         system="", action_id=512, pad_id=1536, im_start_id=1537, im_end_id=1538,
         vision_start_id=1539, vision_end_id=1540, image_id=1541, boa_id=1542, eoa_id=1543, split_id=1544,
         tokenizer="tiny", execute=3, max_words=16, window=4, data="tabletop+tabletop@dual", vision_lr=1.0,
-        lr=1e-3, warmup=50, weight_decay=1e-10, batch=32, steps=2600),
+        lr=1e-3, warmup=50, weight_decay=1e-10, batch=32, steps=1900,
+        init="assets/robobrain_x0_tiny_trunk.safetensors"),
 }
 PREDICTS = "actions"              # of a sample; see the top of common.py
 

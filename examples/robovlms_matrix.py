@@ -29,7 +29,7 @@ from robovlms import ADAPTERS, CELLS, PRESETS  # noqa: E402
 LOW, HIGH = [-0.1] * 6 + [0.0], [0.1] * 6 + [1.0]
 STATS = {"toy": {"action": {"q01": LOW, "q99": HIGH, "min": LOW, "max": HIGH, "mask": [True] * 6 + [False]}}}
 COMPARED = [("one_step", "mlp"), ("one_step", "discrete"), ("interleaved", "mlp"), ("policy_head", "lstm"),
-            ("policy_head", "gpt"), ("one_step", "diffusion")]
+            ("policy_head", "gpt"), ("one_step", "diffusion"), ("video", "mlp")]
 
 
 def fits(backbone, formulation, head):

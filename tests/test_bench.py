@@ -48,6 +48,7 @@ def run(tmp_path, monkeypatch):
 
 # ---- every WHAT writes rows -------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", bench.METHODS)
 @pytest.mark.parametrize("what", ["infer", "decode"])
 def test_every_variant_agrees_with_plain_modules(run, method, what):
@@ -169,6 +170,7 @@ def test_graphed_pass_writes_the_same_text():
     assert all(getattr(writer, name) is x for name, x in before.items() if name not in ("widths", "reader"))
 
 
+@pytest.mark.slow
 def test_closed_loop_writes_equal_texts_in_every_way(run, tmp_path, monkeypatch):
     monkeypatch.setattr(eval_sim, "STEPS", dict.fromkeys(eval_sim.STEPS, 8))
     cfg = vla0.configure(vla0.PRESETS["tiny"], horizon=2, execute=2, llm_init=0.12, llm_depth=2, vit_depth=1,

@@ -119,6 +119,7 @@ def test_train_refuses_a_broken_sample(train, tmp_path, change, word):
 
 # ---- train.py: files --------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_train_keeps_a_run_that_is_there(train, tmp_path):
     assert train(f"--steps 2 --set {SMALL}").rc == 0
     refused(train(f"--set {SMALL}"), "out is not empty", "--resume", "--overwrite")

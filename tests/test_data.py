@@ -186,6 +186,7 @@ def test_statistics_are_of_every_label_and_leave_the_gripper(small):
     assert data.dataset_statistics(small) == small.stats
 
 
+@pytest.mark.slow
 def test_bytes_do_not_depend_on_the_number_of_workers(tmp_path):
     here, spread = (data.tabletop(episodes=5, cache=tmp_path / str(workers), **{**SMALL, "workers": workers})
                     for workers in (0, 2))
@@ -205,6 +206,7 @@ data.tabletop(episodes=12, cache=sys.argv[1], image_size=16, families=("pick",),
 """
 
 
+@pytest.mark.slow
 def test_killed_generation_keeps_whole_shards_and_its_workers_leave(tmp_path):
     whole = contents(data.tabletop(episodes=12, cache=tmp_path / "whole", **SMALL).folder)
     with subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "cut")], cwd=ROOT, text=True,
@@ -865,6 +867,7 @@ def test_make_then_describe(tmp_path):
         data.describe(folder)
 
 
+@pytest.mark.slow
 def test_build_manifest_command_in_two_processes_then_a_loader(libero, tmp_path):
     code, out, err = run_cli("build-manifest", "--hdf5", libero, "--out", tmp_path / "two", "--workers", 2)
     assert code == 0 and f"11 samples; train on them with --data {tmp_path}/two/manifest.jsonl" in out, err

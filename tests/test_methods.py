@@ -92,6 +92,7 @@ class CountReads(TorchDispatchMode):
 
 # ---- One file ---------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_method_and_common_alone_train_and_act(method, tmp_path):
     """Only the two files, in an empty folder: the demo trains and acts, in 20 seconds of computing time."""
     for name in (method.__name__, "common"):

@@ -964,6 +964,7 @@ def test_one_vocabulary_is_fitted_on_all_bodies_and_goes_with_the_checkpoint(tok
     assert stream.actions.encode(x) == tok.actions.encode(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", ["fast", "omnisat"])
 @torch.no_grad()
 def test_every_body_gets_whole_actions_of_its_own_size(tokens):
@@ -992,6 +993,7 @@ def test_every_body_gets_whole_actions_of_its_own_size(tokens):
             model.act(seen, key)
 
 
+@pytest.mark.slow
 def test_training_mixes_the_bodies_and_resumes_with_its_vocabulary(tmp_path):
     flags = ("train.py --model robobrain_x0 --out a --cache cache --data-episodes 2 --val-every 0 "
              "--eval-episodes 0 --batch 4 --steps 4 --save-every 2 --keep 0 --device cpu --init none "

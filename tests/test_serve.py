@@ -387,6 +387,7 @@ def test_missing_fastapi_names_the_install_line(checkpoint, monkeypatch, capsys)
     assert leave.value.code == 2 and 'pip install -e ".[serve]"' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_readme_client_drives_the_real_script(checkpoint, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     client = next(block for block in blocks if "/v1/act" in block)

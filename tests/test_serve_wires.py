@@ -648,6 +648,7 @@ def wild():
         yield client
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ROUTES)
 def test_bad_requests_of_every_route_are_4xx(wild, path, n=100):
     rng, statuses = random.Random(path), []
@@ -663,6 +664,7 @@ def test_bad_requests_of_every_route_are_4xx(wild, path, n=100):
     assert wild(path, FORM[0].replace(b"@@", good) if path == "/api/inference" else good, kind)[0] == 200
 
 
+@pytest.mark.slow
 def test_bad_requests_of_robots_are_4xx(robot, monkeypatch, n=100):
     monkeypatch.setattr(robot.service.model, "complete", lambda *_: [])     # a good request: 422, no motion
     rng, good = random.Random(0), robot_request(robot.robot)
@@ -673,6 +675,7 @@ def test_bad_requests_of_robots_are_4xx(robot, monkeypatch, n=100):
         assert "\n" not in answer["error"] and "Traceback" not in answer["error"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wire", ["openpi", "vla-eval"])
 def test_bad_frames_are_answered_by_an_error_and_the_next_good_one_by_actions(wild, wire, n=100):
     rng, errors = random.Random(wire), 0
@@ -704,6 +707,7 @@ def test_bad_frames_are_answered_by_an_error_and_the_next_good_one_by_actions(wi
         assert errors > 0.4 * n and "actions" in (answer if wire == "openpi" else answer["payload"])
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_20_000_bad_requests(wild, robot, monkeypatch):
     """pytest tests/test_serve_wires.py -m long -k 20_000   (minutes)"""
@@ -786,6 +790,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("wire, package, script", [
     ("openpi", "openpi-client typing_extensions", OPENPI), ("vla-eval", "vla-eval", VLA_EVAL)])

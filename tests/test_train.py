@@ -145,6 +145,7 @@ def resume_is_bit_identical(run, tmp_path, flags, **how):
     return done.rc == -9
 
 
+@pytest.mark.slow
 def test_resume_after_kill_at_random_moments_is_bit_identical(run, tmp_path):
     flags, rng = "--ema 0.9 --val-every 3 --val-samples 4", random.Random()      # other moments each time
     seconds = run(f"--out whole {flags}").seconds

@@ -847,6 +847,7 @@ def test_flags_that_would_do_nothing_are_an_error(flags, monkeypatch):
         a0.main()
 
 
+@pytest.mark.slow
 def test_keys_values_and_features_are_computed_once():
     """FLOPs of one inference at official size, and what a loop that keeps nothing needs."""
     with torch.device("meta"):

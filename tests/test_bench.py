@@ -112,6 +112,7 @@ def test_check_refuses_a_speed_of_wrong_outputs(run, monkeypatch, flags, place, 
 
 # ---- counts -----------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", bench.METHODS)
 def test_counts_on_meta_equal_those_of_a_real_run(run, method):
     (_, meta), (_, real) = (run(f"{method} count --dtype fp32 --device {device} {SMALL[method]}")

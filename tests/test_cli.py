@@ -163,6 +163,7 @@ def test_train_resumes_from_no_damaged_file(train, trained, tmp_path, file, spoi
     assert done.rc == 0 if not word else refused(done, word), done.err
 
 
+@pytest.mark.slow
 def test_train_refuses_torn_and_foreign_checkpoints(train, tmp_path):
     assert train(f"--steps 2 --set {SMALL}").rc == 0
     whole, again = tmp_path / "out" / "last" / "model.safetensors", f"--out b --set {SMALL}"
@@ -182,6 +183,7 @@ def test_train_refuses_torn_and_foreign_checkpoints(train, tmp_path):
     refused(train(f"--resume --steps 4 --set {SMALL}"), "torn", "state.safetensors")
 
 
+@pytest.mark.slow
 def test_train_survives_a_full_disk(train, tmp_path):
     assert train(f"--steps 2 --set {SMALL}").rc == 0
     before = (tmp_path / "out" / "last" / "model.safetensors").read_bytes()

@@ -489,6 +489,7 @@ def test_first_two_averages_are_the_weights(root):
         assert torch.equal(averaged[name], state[f"weights/{name}"]) == same
 
 
+@pytest.mark.slow
 def test_pretrained_run_begins_one_with_five_points(root):
     """One point and one picture first, on pixmo-points; what does not fit then is named, and starts fresh."""
     pixmo(root)

@@ -457,6 +457,7 @@ def test_an_unnorm_key_stands_for_the_statistics_that_a_robot_looks_up():
 GOLDEN = Recordings("robobrain_x0")
 
 
+@pytest.mark.slow
 @pytest.mark.golden
 def test_recorded_requests_of_all_robots_get_the_recorded_answers():
     """Official mode; the model says the recorded ids. Without the other's vocabulary: what needs none."""

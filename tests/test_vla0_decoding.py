@@ -127,6 +127,7 @@ CASES = [dict(repetition_penalty=p, grammar=g, redraft=r, max_new_tokens=24)
          for p, g, r in itertools.product((1.0, 1.05), (True, False), REDRAFTS)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8), ids=["-".join(map(str, list(how.values())[:3])) for how in CASES])
 def test_speculative_text_is_the_plain_text(seed):                                 # sheet 14.24
     """8 x 130 random chunks, in batches of 4 and of 1, every kind of draft and window: equal in float64.

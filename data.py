@@ -71,8 +71,8 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 import eval_sim
-from common import (ActionStatistics, Parser, atomic_write, check_config, check_stats, choose, cli, hash64,
-                    is_text, pick_stats, rank_info, read_json, within, write_json)
+from common import (ActionStatistics, ArrayUnpickler, Parser, atomic_write, check_config, check_stats, choose,
+                    cli, hash64, is_text, pick_stats, rank_info, read_json, within, write_json)
 
 NAME = "tabletop"                          # the unnorm_key of the embedded dataset
 EPISODES = {"train": 2000, "val": 64}      # default sizes (other splits: 64)
@@ -1175,12 +1175,11 @@ class Calvin(torch.utils.data.Dataset):
 
 def calvin_language(path):
     """auto_lang_ann.npy, a pickle of which only arrays are read -> segments, texts, tasks."""
-    from vla0 import StatsUnpickler
     try:
         with open(path, "rb") as file:
             np.lib.format.read_magic(file)
             np.lib.format.read_array_header_1_0(file)
-            about = StatsUnpickler(file).load().item()
+            about = ArrayUnpickler(file).load().item()
         return [tuple(map(int, pair)) for pair in about["info"]["indx"]], *(
             [str(text) for text in about["language"][key]] for key in ("ann", "task"))
     except Exception as e:                                     # a pickle can be torn in every way there is

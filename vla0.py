@@ -23,7 +23,6 @@ eval_sim.py.
 import argparse
 import functools
 import io
-import pickle
 import random
 import re
 import sys
@@ -43,9 +42,9 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (Qwen2_5_VLTextConfig,
                                                                      Qwen2_5_VLVisionConfig)
 
-from common import (ChunkEnsemble, check_config, check_fit, check_observation, choose, cli, hash64,
-                    hf_attention, keyed_generator, load_config, load_weights, pick_attention, pick_stats,
-                    read_json, resolve, save_folder, tiny_tokenizer, write_json)
+from common import (ArrayUnpickler, ChunkEnsemble, check_config, check_fit, check_observation, choose, cli,
+                    hash64, hf_attention, keyed_generator, load_config, load_weights, pick_attention,
+                    pick_stats, read_json, resolve, save_folder, tiny_tokenizer, write_json)
 from common import device as pick_device
 
 # ---- Config ---------------------------------------------------------------------------------------------
@@ -1099,24 +1098,12 @@ LICENSE = "CC BY-NC 4.0 (VLA-0); it contains Qwen2.5-VL-3B, under the Qwen resea
 RENAMED = {"model.language_model.": "model.", "model.visual.": "visual."}
 
 
-class StatsUnpickler(pickle.Unpickler):
-    """Reads numpy arrays and nothing else: no other name is looked up, so nothing in a file is executed."""
-    KNOWN = {("numpy", "ndarray"), ("numpy", "dtype"), ("collections", "OrderedDict"), ("_codecs", "encode"),
-             *((f"numpy.{core}.{file}", name) for core in ("core", "_core") for file, name in (
-                 ("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer")))}
-
-    def find_class(self, module, name):
-        if (module, name) not in self.KNOWN:
-            raise ValueError(f"it names {module}.{name}, which statistics have no use for")
-        return super().find_class(module, name)
-
-
 def read_stats(path, name="libero"):
     """The official dataset_stats.pkl (or its JSON) -> our statistics {name: {"action": ...}}."""
     path = Path(path)
     try:
         loaded = read_json(path) if path.suffix == ".json" else \
-            StatsUnpickler(io.BytesIO(path.read_bytes())).load()
+            ArrayUnpickler(io.BytesIO(path.read_bytes())).load()
         of = loaded["out_ori_act"]
         values = {k: np.asarray(of[k]) for k in ("min", "max")}
     except Exception as e:                                     # a pickle can be torn in every way there is

@@ -1135,8 +1135,8 @@ def official_test(model, dataset, form, bf16=False):
 
 def tabletop_test(model, spec):
     """Scenes that no training has seen, as the evaluation lays them out, with the way that an undisturbed
-    expert goes: a list of samples. (A data set's episodes begin disturbed, and are bumped later: of the
-    error there, 0.7 % at the contact and 2.2 % along the path are what nobody could foresee.)"""
+    expert goes: a list of samples. (Of a data set's episodes most begin disturbed, and are bumped later: no
+    model could foresee that.)"""
     data, sim = map(importlib.import_module, ("data", "eval_sim"))
     sets, scenes = data.tabletop_sets(spec), []
     if [body for body, _ in sets] != ["gripper"]:

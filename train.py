@@ -928,10 +928,11 @@ def run(cleanup, args, module, cfg, found):
     print(f"trained in {(time.time() - begin) / 60:.1f} minutes: {args.out / 'last'}")
     if args.eval_episodes:
         closed_loop(args, module, attn, device)
-    print(f"{(time.time() - begin) / 60:.1f} minutes in all. Next:\n"
-          f"  python eval_sim.py --ckpt {args.out}/last --families all --episodes 300   # every task\n"
-          f"  python eval_sim.py --ckpt {args.out}/last --control all   # wrong words, no picture, random\n"
-          f"  python serve.py --ckpt {args.out}/last                    # drive a robot over HTTP")
+    print(f"{(time.time() - begin) / 60:.1f} minutes in all. Next:")
+    if data.tabletop_sets(args.data):
+        print(f"  python eval_sim.py --ckpt {args.out}/last --families all --episodes 300  # every task\n"
+              f"  python eval_sim.py --ckpt {args.out}/last --control all  # wrong words, no picture, random")
+    print(f"  python serve.py --ckpt {args.out}/last                    # drive a robot over HTTP")
 
 
 if __name__ == "__main__":

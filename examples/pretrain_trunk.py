@@ -283,7 +283,7 @@ class RoboBrainX0(VLA0):
 class A0:
     """How A0 looks and reads: its denoiser looks at picture and text. It points at the way from X to Y."""
     method, skip = a0, ()
-    shape = 3                   # weight of its loss; with 1 the features told a cube from a cylinder in 74 %
+    shape = 3                   # weight of its loss: cube and cylinder differ by little (stage one had 1)
 
     @staticmethod
     def sizes(cfg):

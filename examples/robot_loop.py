@@ -263,7 +263,8 @@ def run(robot, ask, instruction, limits, execute=None, ahead=0, blend=0, patienc
                 rows = [] if dog.fired else rows
                 if answer is None and len(rows) <= ahead:
                     images, pose = robot.observe()
-                    before = before if rows else body.split(pose)
+                    if not rows:
+                        before = body.split(pose)
                     answer, asked_at = pool.submit(ask, instruction, images, pose), played
                 if answer is not None and (answer.done() or not rows):
                     chunk, late, answer = answer.result(), played - asked_at, None     # the dog watches

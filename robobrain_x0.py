@@ -1143,12 +1143,17 @@ def human_turn(sample, cfg, subtask, teach):
 
 
 def answer_codes(sample, cfg, words, stats):
-    """(codes of each chunk, how many numbers lie beyond the quantiles) of a sample's actions."""
+    """(codes of each chunk, how many numbers lie beyond the quantiles) of a sample's actions.
+
+    What does not count (loss_mask), as nobody could foresee it, becomes the action before it.
+    """
     (n, A), T = np.shape(sample["actions"]), cfg.horizon
     if n not in range(T, cfg.chunks * T + 1, T) or A > cfg.action_dim:
         raise ValueError(f"actions: (horizon, action_dim) = {(T, cfg.action_dim)}, up to chunks={cfg.chunks} "
                          f"times as many rows, are expected, found {(n, A)}. Set these, or fix the data.")
-    x = normalize(sample["actions"], pick_stats(stats, sample.get("dataset")), clip=False)
+    counts = np.asarray(sample.get("loss_mask", np.ones(n, bool)))                  # (n,)
+    actions = np.asarray(sample["actions"])[np.maximum.accumulate(np.where(counts, np.arange(n), 0))]
+    x = normalize(actions, pick_stats(stats, sample.get("dataset")), clip=False)
     chunks = [words.actions.encode(c) for c in np.clip(x, -1, 1).reshape(-1, T, A)]
     return chunks, int((np.abs(x) > 1 + 1e-6).sum())
 
@@ -1157,16 +1162,16 @@ def prepare(sample, cfg, tokenizer, stats=None, key=None, train=False):
     """One sample (or observation) -> a dict of CPU tensors; runs in loader workers, knows no weights.
 
     patches (P, 3 patch^2) uint8, grid (n, 3), ids (L,), positions (3, L), delta (); with an answer also
-    labels (L,) and clamped (). A sample with `conversations` (and images in their order) is image-text data;
+    labels (L,) and clamped (). A sample with `conversations` (and images in their order) is learnt word for
+    word, `actions` or `action_codes` for <action_token>; but `actions` with cfg.prompt, if there is one.
     `done`: its answer is <EOA>. The method draws nothing; key is for the record.
     """
     talk, clamped = sample.get("conversations"), 0
-    chunks = sample.get("action_codes")                        # of an official JSONL: [[code, ...], ...]
-    if talk is None:
+    chunks, acts = sample.get("action_codes"), "actions" in sample     # [[code, ...], ...]
+    if talk is None or cfg.prompt and acts:
         check_observation(sample, cfg.views, cfg.state_dim)
         given, done, now = sample["images"], bool(sample.get("done")), sample.get("subtask") or ""
         images = [given[v] for v in cfg.views] if cfg.views[0] in given else list(given.values())
-        acts = "actions" in sample
         subtask = cfg.subtask and (bool(now) or not acts)
         if acts and not done:
             chunks, clamped = answer_codes(sample, cfg, tokenizer, stats)
@@ -1181,6 +1186,11 @@ def prepare(sample, cfg, tokenizer, stats=None, key=None, train=False):
         images = [resize(image, *size) for image in images]
     else:
         images = list((sample.get("images") or {}).values())
+        if acts and chunks is None:
+            chunks, clamped = answer_codes(sample, cfg, tokenizer, stats)
+        if (most := max(itertools.chain(*chunks or ()), default=0)) >= cfg.codes:
+            raise ValueError(f"action_codes up to {most}, but codes={cfg.codes}: they are of another model's "
+                             "tokenizer. Train on the actions (without codes=file).")
     seen = [patchify(image, cfg) for image in images]
     grids = [grid for _, grid in seen]
     tokens = [rows * columns // cfg.merge_size ** 2 for _, rows, columns in grids]

@@ -545,6 +545,16 @@ def looks(cfg, n=1):
     return [{name: s[name] for name in ("images", "instruction")} for s in samples(cfg, n)]
 
 
+def test_what_nobody_could_foresee_becomes_the_action_before():
+    cfg = small()
+    words, (sample,) = load_tokenizer(cfg), samples(cfg, 1)
+    want = sample["actions"].copy()
+    want[2:] = want[1]
+    codes = [x0.answer_codes(s, cfg, words, STATS)[0] for s in
+             (sample | {"loss_mask": np.array([True, True, False, False])}, sample | {"actions": want}, sample)]
+    assert codes[0] == codes[1] != codes[2]
+
+
 @functools.cache
 def tokenizers(T=30, D=14):
     """(chunks, one tokenizer of each kind) for chunks (T, D)."""

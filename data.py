@@ -4,7 +4,7 @@ Data: one sample format for every dataset and method, the tabletop dataset, and 
    simulator's expert -> shards in the cache -> dataset[i] -> sample -> method.prepare, .collate -> batch
    my_file.py:make_dataset -------------------> dataset[i] --^
    LIBERO's HDF5 -> manifest.jsonl, pictures -> dataset[i] --^
-   LeRobot's or LIBERO's folder, as it is ----> dataset[i] --^
+   LeRobot's, LIBERO's, ... folder, as it is -> dataset[i] --^
 
 THE SAMPLE: a dict, one per (episode, frame), of numpy arrays and strings; nothing normalized or resized.
 
@@ -25,6 +25,9 @@ THE SAMPLE: a dict, one per (episode, frame), of numpy arrays and strings; nothi
    history_actions (n, A) float32               the action at each of them
    action_text     str                          the actions as numbers in text, some digits hidden as X; a
                                                 method that writes text (vla0) takes it instead of `actions`
+   conversations   [{"from", "value"}, ...]     human and gpt in turn (robobrain_x0): it does alone, with
+                                                `images` in the order of the text's <image>, and `dataset`
+   action_codes    [[int, ...], ...]            with it: the codes of each <action_token>, if no `actions`
 
 An observation (what a policy sees) is the same dict with only images, instruction and state. Normalizing,
 resizing and augmenting is the work of a method's `prepare`. In the tabletop set, actions are the expert's
@@ -37,9 +40,11 @@ motion and the last gripper. The body "dual" (--data tabletop@dual) has twice th
     python data.py hoi4d-frames --root DIR/HOI4D_release     # its videos -> frames, for two of A0's sets
     python data.py hoi4d-metadata --root DIR --definitions HOI4D-Instructions/definitions  # masks -> centres
     train.py --data maniskill=DIR+hoi4d=DIR: any of A0_FORMS in the unzipped A0-Dataset; a0=DIR: all five
-    train.py --data lerobot=DIR, or libero=DIR   # LeRobot v2.0 to v3.0, LIBERO's HDF5; options: see RECORDED
-    python data.py DIR                      # what such a folder holds, and what in it is damaged
+    train.py --data lerobot=DIR, libero=DIR (HDF5), calvin=DIR, rlds=DIR: recorded episodes; see RECORDED
+    python data.py DIR --sheet FILE.png     # what such a folder holds, what in it is damaged; some frames
     train.py --model robovlms --set config=FILE.json: CALVIN, or your episodes, as an official JSON says
+    python data.py robobrain-process ANNOTATION.json --out DIR    # AgileX's mp4 and HDF5 -> DIR/train.jsonl
+    train.py --model robobrain_x0 --data robobrain=DIR/train.jsonl+robobrain=VQA.jsonl,weight=0.1
 """
 import contextlib
 import csv
@@ -50,18 +55,22 @@ import io
 import itertools
 import json
 import math
+import mmap
 import os
 import random
 import re
 import signal
 import sys
+import tarfile
 import threading
 import zipfile
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -93,6 +102,9 @@ def check_sample(sample, where="sample", horizon=None, action_dim=None, state_di
     wanted = ["images", "instruction", "state"] + (["actions", "loss_mask", "dataset"] if actions else [])
     if actions and "waypoints" in sample and "actions" not in sample and action_dim in (None, 2):
         wanted, actions = ["images", "instruction", "dataset"], False
+    if actions and "conversations" in sample:              # a method may read these alone
+        wanted, views, horizon, actions = ["conversations", "dataset"], (), None, "actions" in sample
+        check_talk(sample["conversations"], where)
     for key in wanted:
         if key not in sample:
             raise ValueError(f"{where}: no {key!r}; it has {list(sample)}, wanted {wanted}.")
@@ -323,7 +335,8 @@ def _manifest(folder):
     path = Path(folder) / "manifest.json"
     if not path.exists():
         raise ValueError(f"{folder} has no manifest.json: it is no finished set of `python data.py --make` "
-                         "(nor LeRobot's, with meta/info.json, nor LIBERO's, with *.hdf5).")
+                         "(nor LeRobot's, with meta/info.json, nor LIBERO's, with *.hdf5, nor RLDS, with "
+                         "features.json, nor CALVIN's, with lang_annotations).")
     try:
         manifest = read_json(path)
         list(map(eval_sim.VIEWS.index, manifest["made_from"]["views"]))      # an unknown one is a ValueError
@@ -405,11 +418,29 @@ class Episodes(torch.utils.data.Dataset):
 
 
 class Bodies(torch.utils.data.ConcatDataset):
-    """Tabletop sets of several bodies, one after the other; stats: those of each, by its name."""
+    """Several sets, one after the other; stats: those of each, by its name.
 
-    def __init__(self, sets):
+    weights: how often a set's frames are drawn, 1 is once in an epoch. Of N frames and weight w, the set has
+    M = round(w N) places of an epoch; the j-th draws, by its key, one of frames j N / M .. (j + 1) N / M.
+    """
+
+    def __init__(self, sets, weights=None):
         super().__init__(sets)
         self.stats = {name: stats for part in sets for name, stats in part.stats.items()}
+        places = [max(1, round(w * len(part))) for w, part in zip(weights or [1] * len(sets), sets)]
+        self.cumulative_sizes = np.cumsum(places).tolist()
+
+    def __getitem__(self, index):
+        return self.draw(index, 0)
+
+    def draw(self, index, key):
+        """The sample at a place of the epoch that `key` (63 bits) belongs to: (seed, epoch, index) hashed."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"place {index} of {len(self)}")
+        number = int(np.searchsorted(self.cumulative_sizes, index, side="right"))
+        start, end = [0, *self.cumulative_sizes][number:number + 2]
+        part = self.datasets[number]
+        return part[((index - start << 32) + (key & 0xFFFFFFFF)) * len(part) // (end - start << 32)]
 
 
 # ---- VLA-0's community form (Allenfree/VLA-0): built from LIBERO's HDF5 -----------------------------------
@@ -433,22 +464,33 @@ def build_manifest(hdf5, out, horizon=8, num_bins=1000, workers=None):
         raise ValueError(f"{hdf5}: {len(files)} files *.hdf5 in it and one folder below; horizon={horizon}, "
                          f"num_bins={num_bins}. At least 1 each: give the folder that holds LIBERO's suites.")
     low, high, demos = _scan(files, horizon)
-    starts = np.cumsum([0] + [max(0, frames - horizon) for *_, frames in demos]).tolist()
+    counts = [max(0, frames - horizon) for *_, frames in demos]
     made_from = {"files": {path.relative_to(hdf5).as_posix(): path.stat().st_size for path in files},
                  "actions": {"min": low.tolist(), "max": high.tolist()}, "horizon": horizon,
-                 "num_bins": num_bins, "samples": starts[-1]}
+                 "num_bins": num_bins, "samples": sum(counts)}
     (out / "images").mkdir(parents=True, exist_ok=True)
-    with _one_at_a_time(out / ".lock"):
-        done = _whole_lines(out, made_from)
-        jobs = [(path, demo, start, max(0, done - start))
-                for (path, demo, _), start, end in zip(demos, starts, starts[1:]) if end > max(start, done)]
-        write = partial(_write_samples, out, low, high, horizon, num_bins)
+    write = partial(_write_samples, out, low, high, horizon, num_bins)
+    beside = {"action_stats.npz": partial(_write_limits, made_from["actions"])}
+    return _write_lines(out / "manifest.jsonl", made_from, write, [(path, demo) for path, demo, _ in demos],
+                        counts, beside, workers)
+
+
+def _write_lines(path, made_from, write, items, counts, beside, workers):
+    """The lines of write((*item, number of its first line, how many of its lines are there)), in order.
+
+    counts: each item's lines. beside: {file in that folder: its writer}. Interrupted, it goes on.
+    """
+    starts = np.cumsum([0] + counts).tolist()
+    with _one_at_a_time(path.parent / ".lock"):
+        done = _whole_lines(path, made_from, beside)
+        jobs = [(*item, start, max(0, done - start))
+                for item, start, end in zip(items, starts, starts[1:]) if end > max(start, done)]
         written = _in_processes(write, jobs, usable_cores() if workers is None else workers)
-        with (contextlib.closing(written), open(out / "manifest.jsonl", "ab") as manifest,
-              tqdm(total=starts[-1], initial=done, unit="sample", desc=str(out)) as bar):
+        with (contextlib.closing(written), open(path, "ab") as file,
+              tqdm(total=starts[-1], initial=done, unit="sample", desc=str(path.parent)) as bar):
             for lines in written:
-                manifest.write("".join(lines).encode())
-                manifest.flush()
+                file.write("".join(lines).encode())
+                file.flush()
                 bar.update(len(lines))
     return starts[-1]
 
@@ -489,19 +531,22 @@ def _hdf5(path):
         raise ValueError(f"{path} is torn, or no recording of LIBERO: {reason}") from None
 
 
-def _whole_lines(out, made_from):
-    """Claim `out`, or count the lines of an earlier run with the same `made_from`; a torn last one is cut."""
-    about, manifest, limits = out / "built_from.json", out / "manifest.jsonl", out / "action_stats.npz"
-    if not (about.exists() or manifest.exists() or limits.exists()):
+def _whole_lines(path, made_from, beside):
+    """Claim the folder, or count the lines of an earlier run of the same `made_from`; a torn one is cut."""
+    out, about = path.parent, path.with_name("built_from.json")
+    if not any(x.exists() for x in (about, path, *map(out.joinpath, beside))):
         write_json(about, made_from)
     found = read_json(about) if about.exists() else {}
     other = [key for key in made_from if found.get(key) != made_from[key]]
     if other:
         raise ValueError(f"{out} was built from something else ({', '.join(other)} differ). Give another "
                          "--out, or delete it.")
-    atomic_write(limits, partial(_write_limits, made_from["actions"]))
+    for left in out.glob(".*.part"):                       # of a run that was killed while writing
+        left.unlink()
+    for name, writer in beside.items():
+        atomic_write(out / name, writer)
     done = size = 0
-    with open(manifest, "ab+") as file:
+    with open(path, "ab+") as file:
         file.seek(0)
         for raw in file:
             try:
@@ -686,7 +731,8 @@ def _layout(path, form="A0's sets"):
     """Whatever is wrong with a file is one ValueError that names it."""
     try:
         yield
-    except (LookupError, TypeError, AttributeError, ValueError, OSError, EOFError, SyntaxError) as e:
+    except (LookupError, TypeError, AttributeError, ValueError, OSError, EOFError, SyntaxError, zlib.error,
+            zipfile.BadZipFile) as e:
         if type(e) is ValueError and str(path) in str(e):  # one of ours
             raise
         make = " HOI4D's frames come from data.py hoi4d-frames." * (path.parent.name == "align_rgb")
@@ -1092,8 +1138,8 @@ def _hoi4d_events(about):
 CALVIN = {"skip_frames": 1, "few_shot": False, "partial_data": False, "exclude_tasks": (), "tcp_rel": False}
 WINDOWS = {"window_sample": "sliding", "organize_type": "interleave", "left_pad": True}
 # acts in Config (pad), or is Config's (window, chunk), or train.py's (batch): no news in a data block
-ELSEWHERE = ("type", "data_dir", "data_root_dir", "rgb_pad", "gripper_pad", "traj_cons", "window_size",
-             "fwd_pred_next_n", "batch_size", "num_workers", "train", "datasets")
+ELSEWHERE = ("type", "data_dir", "data_root_dir", "data_mix", "rgb_pad", "gripper_pad", "traj_cons",
+             "window_size", "fwd_pred_next_n", "batch_size", "num_workers", "train", "datasets")
 
 
 def calvin_windows(segments, W, K, skip_frames=1):
@@ -1134,7 +1180,7 @@ class Calvin(torch.utils.data.Dataset):
     def __init__(self, root, split, horizon, history, views, **options):
         from robovlms import gripper_frame, official_stats
         o = self.options = CALVIN | options
-        self.folder = Path(root) / ("training" if split == "train" else "validation")
+        self.folder = calvin_folder(root, split)
         self.stats, self.horizon, self.history = official_stats("calvin"), horizon, history
         self.turn = gripper_frame if o["tcp_rel"] else lambda actions, state: actions
         self.views = dict(zip(views, ("rgb_static", "rgb_gripper")))
@@ -1163,14 +1209,25 @@ class Calvin(torch.utils.data.Dataset):
         for i, n in enumerate(ids[:W + K - 1]):
             wanted = [*keys, *(self.views.values() if i < W else ())]
             if n not in frames:
-                with np.load(self.folder / f"episode_{n:07d}.npz") as file:
-                    frames[n] = {key: file[key] for key in wanted}
+                frames[n] = calvin_frame(self.folder, n, wanted)
         rows = [frames[n] for n in ids[:W + K - 1]]
         actions, state = (np.stack([row[key] for row in rows]).astype(np.float32) for key in keys)
         actions = self.turn(actions, state)
         pictures = {view: np.stack([row[key] for row in rows[:W]]) for view, key in self.views.items()}
         return {**_newest(pictures, actions, W), "loss_mask": self.counts[index][W - 1:W + K - 1],
                 "state": state[W - 1], "instruction": self.texts[self.which[index]], "dataset": "calvin"}
+
+
+def calvin_folder(root, split):
+    """The folder training or validation in CALVIN's `root`, or that folder itself if it is one of them."""
+    root = Path(root).expanduser()
+    return next(filter(Path.is_dir, [root / ("training" if split == "train" else "validation")]), root)
+
+
+def calvin_frame(folder, number, keys=None):
+    """{key: array} of folder/episode_0000042.npz (None: all keys). ValueError: missing, torn, or without."""
+    with _layout(path := folder / f"episode_{number:07d}.npz", "CALVIN"), np.load(path) as file:
+        return {key: file[key] for key in keys or file.files}
 
 
 def calvin_language(path):
@@ -1208,17 +1265,20 @@ class Windows(torch.utils.data.Dataset):
         choose("window_sample: there is no", o["window_sample"], ("sliding", "range"))
         choose("organize_type: there is no", o["organize_type"], ("interleave", "segment"))
         how = ("range", True) if o["organize_type"] == "segment" else (o["window_sample"], o["left_pad"])
-        self.episodes, self.horizon, self.history, self.index = episodes, horizon, history, []
+        self.episodes, self.horizon, self.history = episodes, horizon, history
         self.stats = getattr(episodes, "stats", None)
-        for e in range(len(episodes)):
-            windows = zip(*episode_windows(len(episodes[e]["actions"]), history, horizon, *how))
-            self.index += [(e, frames, counts) for frames, counts in windows]
+        self.windows = partial(episode_windows, W=history, K=horizon, window_sample=how[0], left_pad=how[1])
+        self.lengths = [len(episodes[e]["actions"]) for e in range(len(episodes))]
+        self.at = np.cumsum([0] + [len(self.windows(n)[0]) for n in self.lengths])
 
     def __len__(self):
-        return len(self.index)
+        return int(self.at[-1])
 
     def __getitem__(self, index):
-        (e, frames, counts), last = self.index[index], self.history - 1
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        e, last = int(np.searchsorted(self.at, index, side="right")) - 1, self.history - 1
+        frames, counts = (x[index - self.at[e]] for x in self.windows(self.lengths[e]))
         episode, first = self.episodes[e], int(np.argmax(counts))          # 0 .. W - 1: the first that counts
         frames = frames[first:last + self.horizon]
         actions = np.array(episode["actions"], np.float32)[frames]
@@ -1229,7 +1289,35 @@ class Windows(torch.utils.data.Dataset):
                 "loss_mask": counts[last:last + self.horizon]}
 
 
-def official_dataset(path, split, horizon, history, views, expect):
+class Trajectories(torch.utils.data.Dataset):
+    """`Recorded` episodes for `Windows`: [i] is all of one; pictures are decoded when they are indexed."""
+
+    def __init__(self, recorded):
+        self.recorded, self.stats = recorded, recorded.stats
+
+    def __len__(self):
+        return len(self.recorded.kept)
+
+    def __getitem__(self, i):
+        r = self.recorded
+        rows = r._rows(int(r.at[i]), int(r.at[i + 1]))
+        return {"images": {view: Pictures(r, i, rows, key) for view, key in r.views.items()},
+                "actions": rows["actions"], "state": rows["state"], "dataset": r.name,
+                "instruction": r.tasks[int(rows["task"][0])]}
+
+
+class Pictures:
+    """One camera's pictures of an episode: [frames (n,)] are (n, h, w, 3) uint8."""
+
+    def __init__(self, recorded, i, rows, key):
+        self.recorded, self.number, self.rows, self.key = recorded, recorded.kept[i][0], rows, key
+
+    def __getitem__(self, frames):
+        rows = {name: x[frames] for name, x in self.rows.items()}
+        return self.recorded.pictures(self.number, rows, self.key)
+
+
+def official_dataset(path, split, horizon, history, views, expect, cache=None):
     """What the train_dataset or val_dataset of an official JSON describes; None: no validation set."""
     from robovlms import read_official_json
     key = "train_dataset" if split == "train" else "val_dataset"
@@ -1253,11 +1341,12 @@ def official_dataset(path, split, horizon, history, views, expect):
             data = Calvin(block["data_dir"], split, horizon, history, views, **options)
         else:
             source, _, name = str(block.get("data_root_dir")).rpartition(":")
-            if not source.endswith(".py"):
-                raise ValueError(f"{where}: data_root_dir={block.get('data_root_dir')!r}: TensorFlow's "
-                                 "records are not read here; name my_file.py:make_episodes (see "
-                                 "data.Windows).")
-            data = Windows(_episodes(source, name, split), horizon, history, **options)
+            if source.endswith(".py"):
+                data = Windows(_episodes(source, name, split), horizon, history, **options)
+            else:
+                data = _openx(block, where, split, horizon, history, views, cache, options)
+        if not len(data) and split != "train":
+            continue
         if not len(data):
             raise ValueError(f"{where}: no window of {history} frames is left; look at its data and options.")
         sets.append(Checked(data, where, expect))
@@ -1267,6 +1356,19 @@ def official_dataset(path, split, horizon, history, views, expect):
     return whole
 
 
+def _openx(block, where, split, horizon, history, views, cache, options):
+    """The windows of data_mix, a mixture or one set, in data_root_dir; every 20th episode validates."""
+    root, mix = block.get("data_root_dir"), block.get("data_mix")
+    if not (is_text(root) and is_text(mix) and Path(root).is_dir()):
+        raise ValueError(f"{where}: data_root_dir={root!r}, data_mix={mix!r}: wanted a folder of sets (see "
+                         "RLDS) and a mixture or set in it; or my_file.py:make_episodes (see Windows).")
+    named = _mixture(root, mix, {}) if mix in MIXTURES else [("rlds", Path(root) / mix, {"weight": 1})]
+    sets = [Windows(Trajectories(Rlds(folder, split, views=views, cache=cache)), horizon, history, **options)
+            for _, folder, _ in named]
+    kept = [(one, float(about["weight"])) for one, (*_, about) in zip(sets, named) if len(one)]
+    return Bodies(*map(list, zip(*kept))) if kept else []
+
+
 def _episodes(path, name, split):
     """The episodes that a user's function makes."""
     with _blame(f"{path}:{name}"):
@@ -1274,11 +1376,409 @@ def _episodes(path, name, split):
         return make(**({"split": split} if "split" in inspect.signature(make).parameters else {}))
 
 
+# ---- RoboBrain-X0's forms: AgileX's recordings, JSONL, WebDataset's shards ---------------------------------
+#   ANNOTATION.json   {group: [{raw_task, task, frame: {start_frame, end_frame},
+#                               data: {high, left, right: mp4, state: HDF5}}, ...]}; frames count from 1
+#   OUT/train.jsonl   a sample per line: raw_task, task, image [paths], conversations, action_eepose_token and
+#                     action_qpos_token, action and state {eepose, qpos}: paths of .npy files
+#   *.tar             NAME.json (conversations), .jpgs (paths, pickled), .metadata (JSON: the other fields)
+# The HDF5 holds action (N, 14), poses: right arm, left arm, each x y z [m], Euler xyz [rad], gripper [m]; and
+# qpos (N, 14): 6 joints [rad], gripper, likewise.
+
+AGILEX = "AgileX's recordings"
+AGILEX_VIEWS = {"cam_high": "high", "right_wrist": "right", "left_wrist": "left"}
+GRIPPER_ZERO = {"company": (-0.00203000009059906, -0.0006300000241026282),     # right, left, when closed
+                "company2nd": (-0.0016799999866634607, -0.0028699999675154686), "none": (0.0, 0.0)}
+SOURCES = {"RoboBrain_Robotic_AGXCompany": "company", "RoboBrain_Robotic_AGXCompany2": "company",
+           "RoboBrain_Robotic_Agilex_2nd": "company2nd"}       # a folder above the recording
+
+
+class AgilexItem(NamedTuple):
+    """One annotated segment of a recording."""
+    number: int                       # in the annotation's order
+    raw_task: str                     # the whole task
+    task: str                         # what is done in this segment
+    start: int                        # first and last frame, from 1 on
+    end: int
+    zero: tuple                       # what the right and the left gripper report when they are closed
+    files: dict                       # {high, left, right, state: Path}
+
+
+def agilex_items(path, root, source=None):
+    """The segments of an annotation file, and why others are left out: ([AgilexItem, ...], [str, ...]).
+
+    root: folder of the files that are not at their absolute path. source: one of GRIPPER_ZERO; None: by the
+    folders' names. An unknown source, or a file of another form, is a ValueError.
+    """
+    items, missing = [], []
+    with _layout(Path(path), AGILEX):
+        for number, item in enumerate(itertools.chain(*read_json(path).values())):
+            where, data, frame = f"{path}, item {number}", item["data"], item["frame"]
+            about = item["raw_task"], item["task"], frame["start_frame"], frame["end_frame"]
+            if [type(x) for x in about] != [str, str, int, int] or not all(map(is_text, about[:2])):
+                raise ValueError(f"{where}: two texts and two whole numbers are wanted, found {about}.")
+            known = [SOURCES[name] for name in PurePosixPath(data["high"]).parts if name in SOURCES]
+            if not (source or known):
+                raise ValueError(f"{where}: unknown source: {data['high']} is not in {', '.join(SOURCES)}. "
+                                 f"Say whose gripper it is: --source {'|'.join(GRIPPER_ZERO)}.")
+            try:
+                files = {name: _below(root, data[name], where) for name in (*AGILEX_VIEWS.values(), "state")}
+                items.append(AgilexItem(number, *about, GRIPPER_ZERO[source or known[0]], files))
+            except ValueError as e:
+                missing.append(str(e))
+    return items, missing
+
+
+def _below(root, path, where):
+    """The file that an official set names; of the authors' absolute paths, an end is looked for in `root`."""
+    parts = PurePosixPath(path).parts
+    ways = (root.joinpath(*parts[i:]) for i in range(len(parts)))
+    if (found := next((way for way in ways if way.is_file()), None)) is None:
+        raise ValueError(f"{where}: {path} is missing, there and in {root}. Copy it, or name its root.")
+    return found
+
+
+def _agilex_read(item):
+    """(poses, joints), (N, 14) float64 each, of a segment's whole recording; a closed gripper is 0."""
+    path = item.files["state"]
+    with _layout(path, AGILEX), _open_hdf5(path) as file:
+        if set(file) != {"action", "qpos"}:
+            raise ValueError(f"{path}: action and qpos are wanted, and no more, found {', '.join(file)}.")
+        both = [file[name][:].astype(np.float64) for name in ("action", "qpos")]
+    for name, x in zip(("action", "qpos"), both):
+        _check_array(f"{path}: {name}", x, np.float64, (len(both[0]), 14))
+        x[:, 6::7] -= item.zero
+    sizes = [len(both[0])] + [len(Video(item.files[name]).times()) for name in AGILEX_VIEWS.values()]
+    if not 1 <= item.start <= item.end <= min(sizes):
+        raise ValueError(f"{path}, item {item.number}: frames {item.start} .. {item.end} are wanted; the "
+                         f"rows, and the videos {', '.join(AGILEX_VIEWS)} have {sizes}.")
+    return both
+
+
+def agilex_chunks(poses, start, end, chunk=30, step=1, every=3):
+    """The frames that a segment's samples are made of, (samples, step * chunk + 1), the one seen first.
+
+    poses: (N, 14); start, end: first and last frame, from 1 on. A frame whose 14 numbers are those of the one
+    before is left out, but for the first. A sample begins at every third frame left (10 Hz of 30), and at the
+    last from which a chunk fits; past the end the last frame stays. Less than half a chunk: no sample.
+    (Official data_process.py)
+    """
+    frames, T = np.arange(start - 1, end), step * chunk
+    frames = frames[np.append(True, (poses[frames[1:]] != poses[frames[1:] - 1]).any(1))]
+    starts = np.arange(max(1, len(frames) - T) if len(frames) >= 0.5 * T else 0)
+    starts = starts[(starts % every == 0) | (starts == len(starts) - 1)]
+    return frames[np.minimum(starts[:, None] + np.arange(T + 1), len(frames) - 1)]
+
+
+def agilex_rows(poses, joints, step=1):
+    """Frames (step n + 1, 14) -> {"action_eepose", "action_qpos", "state_qpos": (n, 14), "state_eepose":
+    (n, 20)}: robobrain_x0.pose_deltas, joint_deltas, state_6d."""
+    import robobrain_x0 as x0
+    return {"action_eepose": x0.pose_deltas(poses, step), "action_qpos": x0.joint_deltas(joints, step),
+            "state_eepose": x0.state_6d(poses[:-step:step]), "state_qpos": joints[:-step:step]}
+
+
+def robobrain_process(annotation, out, robot="agilex", subtask=False, chunk=30, step=1, every=3, source=None,
+                      root=None, fast=None, paraphrases=None, skip=False, workers=None):
+    """AgileX's recordings -> out/train.jsonl, images, .npy, normal_stats.json. Returns how many samples.
+
+    robot, subtask: whose training prompt, in which mode. step: frames from one action to the next; chunk,
+    every: see `agilex_chunks`. source, root: see `agilex_items` (root None: beside the annotation). fast:
+    FAST+'s tokenizer.json (None: no codes are written). paraphrases: JSON {raw_task: [text, ...]}, of which
+    the first is asked. skip: leave out what is damaged, else it is a ValueError. Interrupted, it goes on.
+
+    FAITHFUL: statistics count frames start + 1 .. end + 1, repeated ones too; samples others (official
+    normal.py). Test: test_data_robobrain.py::test_statistics_count_other_frames_than_the_samples
+    """
+    import robobrain_x0 as x0
+    choose("of two arms and three cameras there is no", robot,
+           [name for name, body in x0.ROBOTS.items() if (body.arms, len(body.cameras)) == (2, 3)])
+    out, key = Path(out), x0.ROBOTS[robot].stats[subtask]
+    found, damaged = agilex_items(annotation, Path(root or Path(annotation).parent).resolve(), source)
+    asked, kept, counts, parts = read_json(paraphrases) if paraphrases else {}, [], [], {}
+    for item in tqdm(found, "recordings", unit="segment", disable=None):
+        try:
+            if paraphrases and not any(map(is_text, asked.get(item.raw_task, [])[:1])):
+                raise ValueError(f"{paraphrases} has no text for {item.raw_task!r}.")
+            poses, joints = _agilex_read(item)
+        except ValueError as e:
+            damaged.append(str(e))
+            continue
+        kept.append((item,))
+        counts.append(len(agilex_chunks(poses, item.start, item.end, chunk, step, every)))
+        span = slice(item.start, item.end + 1)
+        for name, x in agilex_rows(poses[span], joints[span], step).items():
+            parts.setdefault(key if name == "action_eepose" else name.replace("_", "."), []).append(x)
+    for why in damaged if skip else ():
+        print(f"left out: {why}", file=sys.stderr)
+    if damaged and not skip or not sum(counts):
+        why = f"{damaged[0]} --skip leaves them out." if damaged else "all are shorter than half a chunk."
+        raise ValueError(f"{annotation}: {len(damaged)} segments are damaged, {len(kept)} are not: {why}")
+    stats = {name: x0.quantile_stats(np.concatenate(x)) for name, x in parts.items()}
+    how = {"robot": robot, "subtask": subtask, "chunk": chunk, "step": step, "every": every}
+    texts = {"annotation": annotation, "fast": fast, "paraphrases": paraphrases}
+    made_from = {**how, **{name: path and _sha256(path) for name, path in texts.items()}, "stats": stats,
+                 "segments": [item.number for item, in kept], "samples": sum(counts)}
+    out.mkdir(parents=True, exist_ok=True)
+    beside = {"normal_stats.json": lambda part: part.write_text(json.dumps(stats, indent=1))}
+    return _write_lines(out / "train.jsonl", made_from, partial(_write_agilex, out, how, fast, stats, asked),
+                        kept, counts, beside, workers)
+
+
+def _write_agilex(out, how, fast, stats, asked, job):
+    """Write a segment's pictures and numbers; return its lines but for the first `done`.
+
+    FAITHFUL: the task is what follows the last ": " of an earlier prompt, which ended in a period (official
+    data_postprocess.py). Test: test_data_robobrain.py::test_the_prompt_is_the_official_one
+    """
+    import robobrain_x0 as x0
+    (item, _, done), step, kinds, lines = job, how["step"], ("eepose", "qpos"), []
+    poses, joints = _agilex_read(item)
+    rows = agilex_chunks(poses, item.start, item.end, how["chunk"], step, how["every"])     # (n, step T + 1)
+    images, arrays = (f"{kind}/{item.number:06d}" for kind in ("images", "action_token"))
+    for folder in (images, arrays):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    for view, name in AGILEX_VIEWS.items():
+        video, frames = Video(item.files[name]), rows[:, 0]
+        times = video.times()[frames]
+        for at in range(0, len(rows), 64):                     # so many in memory
+            for frame, x in zip(frames[at:], video.at(times[at:at + 64])):
+                small = Image.fromarray(x).resize((320, 240), Image.Resampling.BOX)         # cv2's INTER_AREA
+                small.save(out / images / f"{view}_{frame}.jpg", quality=95)
+    tokenizer, keys = fast and x0.Fast.load(fast), list(stats)         # of the poses, the joints, ...
+    text = x0.training_prompt(how["robot"], how["subtask"], asked.get(item.raw_task, [item.raw_task])[0],
+                              f"{item.task}.".split(": ")[-1])
+    talk = [{"from": "human", "value": text},
+            {"from": "gpt", "value": f"{item.task}<boa>" * how["subtask"] + "<action_token>"}]
+    for row in rows:
+        numbers = agilex_rows(poses[row], joints[row], step)
+        for name, key in zip(("action_eepose", "action_qpos"), keys if fast else ()):
+            x = x0.normalize(numbers[name], stats[key])
+            numbers[f"{name}_token"] = np.array([tokenizer.encode(x)])                      # (1, codes)
+        path = {name: f"{arrays}/{name}_{row[0]}.npy" for name in numbers}
+        for name, x in numbers.items():
+            np.save(out / path[name], x)
+        line = {"raw_task": item.raw_task, "task": item.task,
+                "image": [f"{images}/{view}_{row[0]}.jpg" for view in AGILEX_VIEWS],
+                **{f"action_{kind}_token": path.get(f"action_{kind}_token") for kind in kinds},
+                **{part: {kind: path[f"{part}_{kind}"] for kind in kinds} for part in ("state", "action")},
+                "conversations": talk}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    return lines[done:]
+
+
+def check_talk(talk, where):
+    """The gpt's texts in [{"from": "human", "value": text}, {"from": "gpt", "value": text}, ...]; an odd
+    number of turns begins with the system's. Anything else is a ValueError."""
+    good = isinstance(talk, list) and all(isinstance(turn, dict) and isinstance(turn.get("value"), str)
+                                          for turn in talk)
+    turns = talk[len(talk) % 2:] if good else []
+    if not turns or [turn.get("from") for turn in turns] != ["human", "gpt"] * (len(turns) // 2):
+        raise ValueError(f"{where}: conversations: human and gpt in turn are wanted, gpt last, each with a "
+                         f"text as its value, found {' '.join(repr(talk)[:80].split())}.")
+    return [turn["value"] for turn in turns[1::2]]
+
+
+def training_picture(image):
+    """A PIL picture -> uint8 (h, w, 3) as the official training makes it: of 32^2 to 768^2 pixels, sides of
+    at least 28, none 200 times the other. (Coordinates in answers stay as they were, also officially.)"""
+    (w, h), bound = image.size, 768 * 768
+    if not 32 * 32 <= w * h <= bound:
+        scale = math.sqrt((bound if w * h > bound else 32 * 32) / (w * h))
+        image = image.resize((max(1, int(w * scale)), max(1, int(h * scale))))
+    image = image.convert("RGB")
+    w, h = (max(side, 28) for side in image.size)
+    w, h = 180 * h if w > 200 * h else w, 180 * w if h > 200 * w else h
+    return np.array(image if (w, h) == image.size else image.resize((w, h), Image.Resampling.NEAREST))
+
+
+class RoboBrain(torch.utils.data.Dataset):
+    """An official JSONL, or a folder of WebDataset's shards (*.tar): [i] is the sample of row i.
+
+    It has conversations, dataset, and images if there are any, called as `views` if these are as many, else
+    "0", "1", ... A row that teaches actions (<action_token>) has what other methods read, too: instruction,
+    subtask, state, actions; or action_codes (lists of FAST+'s) if it names no actions, or with codes=file. If
+    it names neither, the model learns a sentence (robobrain_x0.answer_ids).
+
+    Options: action=eepose | qpos; codes=file; stats=FILE, official (else *stat*.json beside it, else they are
+    computed); root=DIR of what is not at its absolute path (else its folder); name, val, weight: `Recorded`.
+    All rows are read once, to find what is wrong. Rows of one folder of pictures: on one side of the split.
+    """
+    FORM = "RoboBrain-X0's sets"
+    OPTIONS = {"action": "eepose", "codes": "", "stats": "", "root": "", "name": "", "val": "20",
+               "weight": "1"}
+    state, views, told, damaged = "state", {}, {}, ()
+
+    def __init__(self, root, split="train", horizon=8, history=1, views=(), cache=None, episodes=None,
+                 points=False, options={}):
+        path, self.names, self.horizon = Path(root).expanduser().resolve(), views, horizon
+        self.open = Opened(partial(open, mode="rb"))
+        self.options = o = self.OPTIONS | options
+        for key in options:
+            choose(f"{path}: there is no option", key, self.OPTIONS)
+        for key, known in (("action", ("eepose", "qpos")), ("codes", ("", "file"))):
+            choose(f"{path}: {key}: there is no", o[key], known)
+        self.files = [path] if path.suffix == ".jsonl" and path.is_file() else sorted(path.rglob("*.tar"))
+        if not self.files or not o["val"].isdecimal():
+            raise ValueError(f"{path}, val={o['val']}: give a .jsonl file or a folder of .tar shards, and a "
+                             "number, 0 for no validation.")
+        self.folder, self.action = path if path.is_dir() else path.parent, f"action.{o['action']}"
+        self.root = Path(o["root"] or self.folder).expanduser().resolve()
+        self.name = o["name"] or (path.parent.name if path.stem == "train" else path.stem)
+        rows, val = [], int(o["val"])
+        for place in tqdm(self.scan(), str(path), unit="row", disable=rank_info()[0] > 0 or None):
+            row, _ = self.row(place)
+            named = [bool(row["asks"]) and self.named(row, part) is not None for part in ("action", None)]
+            of = PurePosixPath(str(row["image"][0])).parent if any(named) and row["image"] else row
+            rows.append((*place, *named, zlib.crc32(repr(of).encode(errors="replace"))))
+        rows, about = np.array(rows, np.int64).reshape(-1, 11), path.with_name("built_from.json")
+        about = read_json(about) if path.name == "train.jsonl" and about.is_file() else {}
+        if len(rows) != (wanted := about.get("samples", len(rows))):
+            raise ValueError(f"{path} holds {len(rows)} samples of {wanted}; run robobrain-process again: it "
+                             "goes on where it was interrupted.")
+        self.rows = rows[(rows[:, 10] % max(1, val) == val - 1) == (split == "val")][:episodes]
+        self.kept = set(self.rows[:, 10].tolist())
+        self.stats = {self.name: self._stats()} if split == "train" and self.rows[:, 8:10].any() else {}
+
+    def scan(self):
+        """Yield every row's place: file, number in it; byte and size of its JSON, pictures, other fields."""
+        for f, path in enumerate(self.files):
+            if path.suffix == ".tar":
+                yield from ((f, *place) for place in _shard(path))
+                continue
+            with open(path, "rb") as file:
+                for number, raw in enumerate(file, 1):
+                    yield f, number, file.tell() - len(raw), len(raw), 0, 0, 0, 0
+
+    def row(self, place):
+        """(a row as in the JSONL; where it is). image is a list; asks: the set of how many <action_token> an
+        answer has, of those that have any."""
+        (f, number, *spans), raw = place, []
+        tar = self.files[f].suffix == ".tar"
+        where = f"{self.files[f]}, {'sample' if tar else 'line'} {number}"
+        file = self.open(self.files[f])
+        for at, size in zip(spans[::2], spans[1::2]):
+            file.seek(at)
+            raw.append(file.read(size))
+        try:
+            row = json.loads(raw[0])
+            if tar:
+                row = json.loads(raw[2] or "{}") | (row if isinstance(row, dict) else {"conversations": row})
+                row["image"] = raw[1] and ArrayUnpickler(io.BytesIO(raw[1])).load()
+            talk = [{"from": turn.get("from", turn.get("role")),
+                     "value": turn.get("value", turn.get("content"))} for turn in row["conversations"]]
+        except Exception as e:                                 # a pickle can be torn in every way there is
+            reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+            raise ValueError(f"{where} is torn, or not as in {self.FORM}: {reason}. Copy it again.") from None
+        answers, asked = check_talk(talk, where), "".join(turn["value"] for turn in talk[len(talk) % 2::2])
+        images = row.get("image") or []
+        images = images if isinstance(images, list) else [images]
+        if asked.count("<image>") != len(images) or "<video>" in asked:
+            raise ValueError(f"{where}: {len(images)} pictures, but its text has {asked.count('<image>')}, "
+                             f"and {asked.count('<video>')} videos, which cannot be read.")
+        asks = {n for answer in answers if (n := answer.count("<action_token>"))}
+        return row | {"image": images, "conversations": talk, "asks": asks}, where
+
+    def named(self, row, part=None):
+        """What a row names as its actions' codes, or as its `part` (action, state): a list, or None."""
+        found = row.get(f"{self.action.replace('.', '_')}_token")
+        found = (row.get(part) or {}).get(self.options["action"]) if part else found
+        return [found] if isinstance(found, str) or found and isinstance(found[0], int) else found or None
+
+    def numbers(self, row, where, part=None):
+        """These, read: a list of arrays."""
+        out = []
+        for x in self.named(row, part) or ():
+            if isinstance(x, str):
+                with _layout(path := _below(self.root, x, where), self.FORM):
+                    x = np.load(path)
+            out.append(np.asarray(x))
+        return out
+
+    def _stats(self):
+        given = self.options["stats"]
+        for path in [Path(given)] if given else sorted(self.folder.glob("*stat*.json"))[:1]:
+            found = read_json(path)
+            for entry in (found.get(self.action), found.get(f"{self.action}.delta"), found.get(self.name)):
+                if isinstance(entry, dict) and "quantiles_low_" in entry:
+                    return {"action": {"q01": entry["quantiles_low_"], "q99": entry.get("quantiles_high_")}}
+                if isinstance(entry, dict) and "action" in entry:
+                    return entry
+            raise ValueError(f"{path} has no statistics of {self.action}, only of {', '.join(found)}.")
+        statistics = ActionStatistics()
+        for place in tqdm(self.rows[self.rows[:, 8] > 0].tolist(), f"{self.name}: statistics", disable=None):
+            statistics.add(np.concatenate(self.numbers(*self.row(place[:8]), "action")))
+        if not statistics.actions:
+            raise ValueError(f"{self.folder}: rows name codes, no actions, and no statistics tell what these "
+                             "stand for. Put the official file (*stat*.json) there, or name it: stats=FILE.")
+        return statistics.result()
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        row, where = self.row(self.rows[index, :8].tolist())
+        pictures = [self.picture(image, where) for image in row["image"]]
+        names = self.names if len(self.names) == len(pictures) else map(str, range(len(pictures)))
+        sample = {"conversations": row["conversations"], "dataset": self.name}
+        sample |= {"images": dict(zip(names, pictures))} if pictures else {}
+        coded = self.named(row) and (self.options["codes"] or not self.named(row, "action"))
+        found = self.numbers(row, where, None if coded else "action") if row["asks"] else []
+        if found and coded:
+            sample["action_codes"] = [np.ravel(x).tolist() for x in found]
+            ids = list(itertools.chain(*sample["action_codes"]))
+            n, sound = len(found), set(map(type, ids)) == {int} and 0 <= min(ids) <= max(ids) < 2048
+        elif found:
+            sample["actions"] = np.concatenate(found, dtype=np.float32)
+            n, sound, state = len(sample["actions"]) / self.horizon, True, self.numbers(row, where, "state")
+            sample |= {"loss_mask": np.ones(len(sample["actions"]), bool), "instruction": row.get("raw_task"),
+                       "subtask": row.get("task"), "state": np.float32(state[0][0] if state else [0])}
+        if found and not (sound and row["asks"] == {n}):
+            raise ValueError(f"{where}: a chunk per <action_token> is wanted, of the model's horizon "
+                             f"{self.horizon} or of codes 0 .. 2047: {row['asks']}, found {n:g}.")
+        return sample
+
+    def picture(self, image, where):
+        """A picture of a row, by its path (or, in shards, the file), as `training_picture` makes it."""
+        inside = isinstance(image, bytes)
+        path = Path(where) if inside else _below(self.root, image, where)
+        with _layout(path, self.FORM), Image.open(io.BytesIO(image) if inside else path) as file:
+            return training_picture(file)
+
+
+def _shard(path):
+    """Yield the samples of a WebDataset shard: number; byte and size of .json, .jpgs, .metadata."""
+    kinds, found, why = ("json", "jpgs", "metadata"), {}, "the two empty blocks at its end are missing"
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                folder, _, name = member.name.rpartition("/")
+                key, _, kind = name.partition(".")
+                if member.isfile() and kind in kinds:
+                    found.setdefault((folder, key), {})[kind] = (member.offset_data, member.size)
+            end = tar.offset
+        with open(path, "rb") as file:
+            file.seek(end)
+            whole = file.read(1024) == bytes(1024)
+    except (tarfile.TarError, OSError, EOFError) as e:
+        whole, why = False, str(e)
+    if not whole:
+        raise ValueError(f"{path} is cut off, or no plain tar file: {why}. Copy it again.")
+    for number, (key, parts) in enumerate(found.items()):
+        if "json" not in parts:
+            raise ValueError(f"{path}: sample {'/'.join(key)} has no .json. Make the shard anew.")
+        yield number, *itertools.chain(*(parts.get(kind, (0, 0)) for kind in kinds))
+
+
 # ---- Recorded episodes: what LeRobot's and LIBERO's forms share --------------------------------------------
-# --data lerobot=DIR or libero=DIR, or DIR alone, or several: lerobot=DIR+libero=DIR2,rotate=0,name=mine
+# --data lerobot=DIR, libero=, calvin=, rlds=, or DIR alone; or several: lerobot=DIR,weight=2+libero=DIR2
+#   weight=2                      of several sets: each frame is drawn twice in an epoch (0.1: every tenth)
 #   third=, state=, action=       which column; else USUAL's names in order, then the cameras in the set's
 #   name=, embodiment=            the unnorm_key (else the folder's name); the samples' `embodiment`
 #   gripper=openvla               the last number g becomes 1 - clip(g, 0, 1): 1 = open, of LIBERO's -1 = open
+#                                 (CALVIN's is 1 = open: it becomes clip(g, 0, 1))
 #   gripper=none                  no number is a gripper's. (Else the last is, if always in [-1, 1]: it is not
 #                                 normalized.)
 #   val=20                        every 20th episode validates (0: none)
@@ -1286,8 +1786,10 @@ def _episodes(path, name, split):
 #   rotate=0, noops=keep          LIBERO: pictures as stored; also the steps without a command
 
 USUAL = {"action": ("action", "actions"), "state": ("observation.state", "state"),
-         "third": ("image", "image_0", "agentview_rgb", "top", "front", "cam_high", "exterior_image_1_left"),
-         "wrist": ("wrist_image", "image2", "eye_in_hand_rgb", "wrist", "hand", "cam_right_wrist")}
+         "third": ("image", "image_0", "agentview_rgb", "top", "front", "cam_high", "exterior_image_1_left",
+                   "rgb_static"),
+         "wrist": ("wrist_image", "image2", "eye_in_hand_rgb", "wrist", "hand", "cam_right_wrist",
+                   "rgb_gripper")}
 FRAMES = 64                    # files that a worker keeps open, each with its decoder
 TOLERANCE = 1e-4               # s; a frame that far from its time is another one (official: tolerance_s)
 
@@ -1325,7 +1827,9 @@ class Recorded(torch.utils.data.Dataset):
     not) and pictures (`pictures`); `check` looks for damage that a pass over the rows does not see.
     """
     OPTIONS = {"action": "", "state": "", "name": "", "embodiment": "", "gripper": "", "val": "20",
-               "damaged": ""}
+               "damaged": "", "weight": "1"}
+    told = {}
+    OPENING = -1                           # the gripper's command that opens it, for gripper=openvla
 
     def __init__(self, root, split="train", horizon=8, history=1, views=(), cache=None, episodes=None,
                  points=False, options={}):
@@ -1335,13 +1839,13 @@ class Recorded(torch.utils.data.Dataset):
             choose(f"{self.root}: there is no option", key, [*self.OPTIONS, *views])
         for key, known in (("gripper", ("", "openvla", "none")), ("damaged", ("", "skip"))):
             choose(f"{self.root}: {key}: there is no", o[key], known)
-        if not o["val"].isdecimal():
+        if not o.get("val", "0").isdecimal():
             raise ValueError(f"{self.root}: val={o['val']!r}: a number is wanted, 0 for none.")
-        self.name, self.views, val = o["name"] or self.root.name, dict.fromkeys(views), int(o["val"])
-        self.columns = []
+        self.name, self.views, val = o["name"] or self.root.name, dict.fromkeys(views), int(o.get("val", 0))
+        self.columns, self.split = [], split
         self.find()
-        self.chosen = [i for i in range(len(self.episodes))
-                       if (val > 0 and i % val == val - 1) == (split == "val")][:episodes]
+        self.chosen = [i for i in range(len(self.episodes)) if "val" not in o
+                       or (val > 0 and i % val == val - 1) == (split == "val")][:episodes]
         self.table, self.kept, self.damaged, self.stats = Opened(_open_table, 1), [], [], {}
         if self.chosen:
             self._index(cache)
@@ -1350,17 +1854,21 @@ class Recorded(torch.utils.data.Dataset):
 
     def choose_columns(self, columns, cameras):
         """Find action, state and the views among the names there are: as asked for, else by USUAL."""
-        def find(what, known, usual):
-            if asked := self.options.get(what):
-                choose(f"{self.root}: {what}: there is no column", asked, known)
-            return asked or next((known[short.index(name)] for name in usual if name in short), None)
-        short = columns
-        self.action, self.state = (find(key, columns, USUAL[key]) for key in ("action", "state"))
+        self.action, self.state = (self._column(key, columns, columns) for key in ("action", "state"))
         if not self.action:
             raise ValueError(f"{self.root}: no action ({', '.join(USUAL['action'])}) among {columns}. Name "
                              "the column: --data ...=DIR,action=COLUMN.")
+        self.choose_views(cameras)
+
+    def _column(self, what, known, short):
+        if asked := self.options.get(what):
+            choose(f"{self.root}: {what}: there is no column", asked, known)
+        usual = (what, *USUAL.get(what, ()))
+        return asked or next((known[short.index(name)] for name in usual if name in short), None)
+
+    def choose_views(self, cameras):
         short = [re.sub(r"^observation\.(images\.)?", "", key) for key in cameras]
-        found = {view: find(view, cameras, (view, *USUAL.get(view, ()))) for view in self.views}
+        found = {view: self._column(view, cameras, short) for view in self.views}
         left = [key for key in cameras if key not in found.values()]
         self.views = ({view: key or (left.pop(0) if left else None) for view, key in found.items()}
                       or dict(zip(short, cameras)))
@@ -1372,7 +1880,8 @@ class Recorded(torch.utils.data.Dataset):
         """Read every row once, or what an earlier run kept in the cache."""
         base = Path(cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "plainvla").expanduser()
         marks = [(str(path), *_mark(path)) for path in self.files]
-        about = json.dumps([str(self.root), self.options, self.views, self.chosen, marks])
+        options = {key: x for key, x in self.options.items() if key != "weight"}
+        about = json.dumps([str(self.root), options, self.views, self.chosen, marks])
         path = base / f"{self.root.name}-{hashlib.sha256(about.encode()).hexdigest()[:16]}.safetensors"
         self.path = path
         try:
@@ -1385,7 +1894,7 @@ class Recorded(torch.utils.data.Dataset):
         try:
             facts = json.loads(self.table(path).metadata()["recorded"])
             self.kept, self.damaged, self.stats = facts["kept"], facts["damaged"], facts["stats"]
-            self.columns = facts["columns"]
+            self.columns, self.tasks = facts["columns"], facts.get("tasks", self.tasks)
         except (SafetensorError, OSError, ValueError, TypeError, KeyError) as e:
             raise _torn(path, e) from None
         if self.damaged and self.options["damaged"] != "skip":
@@ -1402,7 +1911,8 @@ class Recorded(torch.utils.data.Dataset):
                         shape = ("n", like.setdefault(name, found[name].shape[-1]) or key)
                         _check_array(f"{self.where(number)}: {name}", found[name], np.float32, shape)
                     if self.options["gripper"] == "openvla":
-                        found["actions"][:, -1] = 1 - found["actions"][:, -1].clip(0, 1)
+                        g = found["actions"][:, -1].clip(0, 1)
+                        found["actions"][:, -1] = g if self.OPENING == 1 else 1 - g
                 except ValueError as e:
                     found = str(e)
             if isinstance(found, str):
@@ -1415,9 +1925,10 @@ class Recorded(torch.utils.data.Dataset):
         tensors, stats = {name: np.concatenate(x) for name, x in parts.items()}, {}
         if kept:
             last = tensors["actions"][:, -1]
-            gripper = self.options["gripper"] != "none" and np.abs(last).max() <= 1
+            gripper = self.options["gripper"] != "none" and (self.OPENING == 1 or np.abs(last).max() <= 1)
             stats = {self.name: statistics.result([True] * (tensors["actions"].shape[1] - 1) + [not gripper])}
-        facts = {"kept": kept, "damaged": damaged, "stats": stats, "columns": list(tensors)}
+        facts = {"kept": kept, "damaged": damaged, "stats": stats, "columns": list(tensors),
+                 "tasks": self.tasks}
         save_file(tensors or {"actions": np.zeros((0, 1), np.float32)}, path, {"recorded": json.dumps(facts)})
 
     def __len__(self):
@@ -1453,6 +1964,15 @@ class Recorded(torch.utils.data.Dataset):
         rows = self._rows(start, start + n)
         return {**rows, "instruction": self.tasks[int(rows["task"][0])],
                 "images": {view: self.pictures(number, rows, key) for view, key in self.views.items()}}
+
+    def unreadable(self, number, i, cameras):
+        """What is wrong with a picture of the i-th episode here, or ""."""
+        try:
+            for key in cameras:
+                self.pictures(number, self._rows(int(self.at[i]), int(self.at[i + 1])), key)
+        except ValueError as e:
+            return str(e)
+        return ""
 
     def check(self):
         return ()
@@ -1627,7 +2147,7 @@ class LeRobot(Recorded):
                 needed.setdefault(path, []).append(((start or 0) + (n - 1) / self.fps, number))
         for path, uses in tqdm(needed.items(), "videos", disable=None):
             try:
-                last = self.videos(path, self.fps).last()
+                last = max(self.videos(path, self.fps).times(), default=-1)
                 why = f"{path} ends at {last:.3f} s, rows go on to {max(uses)[0]:.3f} s"
                 bad = [number for end, number in uses if end > last + 0.5 / self.fps]
             except ValueError as e:
@@ -1635,11 +2155,8 @@ class LeRobot(Recorded):
             yield from ((number, why) for number in bad)
         inside = [key for key in self.views.values() if self.kinds[key] == "image"]
         for i, (number, n) in enumerate(self.kept if inside else ()):
-            try:
-                for key in inside:
-                    self.pictures(number, self._rows(int(self.at[i]), int(self.at[i + 1])), key)
-            except ValueError as e:
-                yield number, str(e)
+            if why := self.unreadable(number, i, inside):
+                yield number, why
 
     def facts(self):
         yield f"LeRobot {self.version}, robot {self.about.get('robot_type')}, {self.fps:g} frames per second"
@@ -1675,25 +2192,28 @@ def _numbers(column, name):
 
 
 class Video:
-    """An open mp4: at(times) gives its frames. A ValueError names the file: torn, too short, another fps."""
+    """An open mp4: at(times) gives its frames. A ValueError names the file: torn, too short, another fps.
 
-    def __init__(self, path, fps):
-        self.path, self.fps = path, fps
-        with _layout(path, "LeRobot's videos"):
+    fps: what it has to be; None: as it is.
+    """
+
+    def __init__(self, path, fps=None):
+        self.path = path
+        with _layout(path, "an mp4"):
             self.file = _optional("av", path).open(str(path))
             self.stream = self.file.streams.video[0]
             self.stream.codec_context.thread_count = 1         # the workers are the threads
             rate, length = float(self.stream.average_rate), self.stream.duration
             ticks = (self.stream.start_time or 0) + (length or math.inf)
-            self.end = float(self.stream.time_base) * ticks
-        if abs(rate - fps) > 0.01 * fps:
+            self.end, self.fps = float(self.stream.time_base) * ticks, fps or rate
+        if abs(rate - self.fps) > 0.01 * self.fps:
             raise ValueError(f"{path} has {rate:g} frames per second, info.json's fps is {fps:g}: its frames "
                              "do not belong to the rows. Convert the video, or correct the fps.")
 
     def at(self, times):
         """The frames at these times [s], ascending: (n, h, w, 3) uint8, RGB."""
         pictures, decoded, last = [], None, math.inf
-        with _layout(self.path, "LeRobot's videos"):
+        with _layout(self.path, "an mp4"):
             for t in times.tolist():
                 if not 0 < t - last < 8 / self.fps:            # far from the last: go there by the index
                     self.file.seek(round(t / self.stream.time_base), stream=self.stream)
@@ -1706,12 +2226,12 @@ class Video:
                 last = frame.time
         return np.stack(pictures)
 
-    def last(self):
-        """The time [s] of the last frame, of what the file holds and not of what its header says."""
-        with _layout(self.path, "LeRobot's videos"):
+    def times(self):
+        """When its frames are shown [s], ascending, (n,): of those in the file, whatever its header says."""
+        with _layout(self.path, "an mp4"):
             self.file.seek(0, stream=self.stream)
-            times = [packet.pts for packet in self.file.demux(self.stream) if packet.pts is not None]
-            return float(max(times, default=-1) * self.stream.time_base)
+            shown = [packet.pts for packet in self.file.demux(self.stream) if packet.pts is not None]
+            return np.sort(np.array(shown, np.float64)) * float(self.stream.time_base)
 
 
 # ---- LIBERO's HDF5: read -----------------------------------------------------------------------------------
@@ -1810,49 +2330,545 @@ def _libero_files(root):
     return sorted([*root.glob("*.hdf5"), *root.glob("*/*.hdf5")])
 
 
-RECORDED = {"lerobot": LeRobot, "libero": Libero}
+# ---- RLDS: TensorFlow's records, read ----------------------------------------------------------------------
+#   SET/1.0.0/features.json, dataset_info.json       the features of a step; how many records a file holds
+#   SET/1.0.0/SET-train.tfrecord-00000-of-00002      a record is an episode: each feature's steps in a row
+# --data rlds=DIR/SET; rlds=DIR,mixture=bridge_rt_1: the sets of that mixture in DIR, with its weights
+#   split=train                 which of its splits
+#   like=bridge_orig            what OXE says of that set; else of the set's own name; else `action` as it is
+#   sets=FILE.json              more entries for OXE: {"my_robot": [third, wrist, state, action], ...}
+#   action=, state=             a recipe, as in OXE
+# A recipe names a step's features, one after the other: action[:6], observation/state[-1:] or just state, and
+# 0; around them 1-x; clip(x): to [0, 1]; moved(x): the next step's less this one's; euler(x): of quaternions
+# xyzw; zlib(x): float32, packed; binary(x), absolute(x): cogact.binarize_gripper, cogact.absolute_gripper.
+
+RELATIVE = "world_vector rotation_delta absolute(gripper_closedness_action)"
+CLOSED = "world_vector rotation_delta 1-clip(gripper_closedness_action)"
+BRIDGE, SIX = "moved(observation/state[:6]) binary(action[-1:])", "action[:6] 1-clip(action[-1:])"
+OXE = {    # set: third and wrist camera, state, action (7 numbers, the last 1 = open), steps that are kept
+    "bridge_orig": ("image_0", "", "state[:6] 0 state[-1:]", BRIDGE, "1:-1"),
+    "bridge_dataset": ("image_0", "", "state[:6] 0 state[-1:]", BRIDGE, "1:-1"),
+    "bridge": ("image", "", "state[:6] 0 state[-1:]", BRIDGE.replace("binary(action[-1:])", "open_gripper"),
+               "1:-1"),
+    "fractal20220817_data": ("image", "", "base_pose_tool_reached gripper_closed", RELATIVE),
+    "kuka": ("image", "", "zlib(clip_function_input/base_pose_tool_reached) zlib(gripper_closed)", RELATIVE),
+    "taco_play": ("rgb_static", "rgb_gripper", "robot_obs[:6] 0 robot_obs[7:8]",
+                  "rel_actions_world[:6] clip(rel_actions_world[-1:])"),
+    "jaco_play": ("image", "image_wrist", "end_effector_cartesian_pos[:6] 0 end_effector_cartesian_pos[-1:]",
+                  "world_vector 0 0 0 absolute(gripper_closedness_action)"),
+    "berkeley_cable_routing": ("image", "wrist45_image", "robot_state 0", "world_vector rotation_delta 0"),
+    "roboturk": ("front_rgb", "", "0 0 0 0 0 0 0 0", CLOSED),
+    "viola": ("agentview_rgb", "eye_in_hand_rgb", "joint_states gripper_states", CLOSED),
+    "berkeley_autolab_ur5": ("image", "hand_image", "robot_state[6:14]", RELATIVE),
+    "toto": ("image", "", "state 0", "world_vector rotation_delta open_gripper"),
+    "language_table": ("rgb", "", "effector_translation 0 0 0 0 0 0", "action 0 0 0 0 1-0"),
+    "stanford_hydra_dataset": ("image", "wrist_image", "state[:3] state[7:10] 0 state[-3:-2]",
+                               "action[:6] 1-action[-1:]"),
+    "austin_buds_dataset": ("image", "wrist_image", "state[:8]", SIX),
+    "austin_sailor_dataset": ("image", "wrist_image", "state", SIX),
+    "austin_sirius_dataset": ("image", "wrist_image", "state", SIX),
+    "utaustin_mutex": ("image", "wrist_image", "state[:8]", SIX),
+    "nyu_franka_play_dataset": ("image", "", "state[-6:] 0 0", "action[-8:-2] clip(action[-2:-1])"),
+    "furniture_bench_dataset": ("image", "wrist_image", "state[:7] state[-1:]",
+                                "action[:3] euler(action[3:7]) 1-clip(action[-1:])"),
+    "ucsd_kitchen_dataset": ("image", "", "state[:7] 0", "action[:-1]"),
+    "dlr_edan_shared_control": ("image", "", "state 0", "action[:6] 1-action[-1:]"),
+    "iamlab_cmu_pickup_insert": ("image", "wrist_image", "state[:8]",
+                                 "action[:3] euler(action[3:7]) action[7:8]"),
+    "berkeley_fanuc_manipulation": ("image", "wrist_image", "state[:6] 0 state[6:7]",
+                                    "action 1-observation/state[6:7]"),
+    "cmu_stretch": ("image", "", "state[:3] 0 0 0 0 state[-1:]", "action[:-1]"),
+    "bc_z": ("image", "", "present/xyz present/axis_angle 0 present/sensed_close",
+             "future/xyz_residual[:3] future/axis_angle_residual[:3] 1-future/target_close[:1]"),
+    "fmb_dataset": ("image_side_1", "image_wrist_1", "eef_pose state_gripper_pose", "action"),
+    "dobbe": ("wrist_image", "", "state", "action"),
+    "custom_finetuning": ("image", "", "", "action"),
+    **dict.fromkeys([f"libero_{suite}_no_noops" for suite in ("spatial", "object", "goal", "10")],
+                    ("image", "wrist_image", "state", SIX))}
+VERSIONS = {"bc_z": "0.1.0"}                               # its later versions are broken
+
+# How often a set's frames are drawn, as published (openvla, prismatic/vla/datasets/rlds/oxe/mixtures.py)
+SOUP = {"kuka": 0.8341046294, "bridge_orig": 1, "taco_play": 2, "jaco_play": 1, "berkeley_cable_routing": 1,
+        "roboturk": 2, "viola": 2, "berkeley_autolab_ur5": 2, "toto": 1, "stanford_hydra_dataset": 2,
+        "austin_buds_dataset": 1, "nyu_franka_play_dataset": 3, "furniture_bench_dataset": 0.1,
+        "ucsd_kitchen_dataset": 2, "austin_sailor_dataset": 1, "austin_sirius_dataset": 1,
+        "dlr_edan_shared_control": 1, "iamlab_cmu_pickup_insert": 1, "utaustin_mutex": 1,
+        "berkeley_fanuc_manipulation": 2, "cmu_stretch": 1}
+RT_1, EXTERNAL = "fractal20220817_data", "_converted_externally_to_rlds"
+MIXTURES = {
+    "bridge": {"bridge_orig": 1}, "rt_1": {RT_1: 1}, "bridge_rt_1": {"bridge_orig": 1, RT_1: 1},
+    "oxe_magic_soup": {RT_1: 0.54087122203, **SOUP, "language_table": 0.1},
+    "oxe_magic_soup_plus_minus": {RT_1: 1, **SOUP, "bc_z": 0.2, "fmb_dataset": 1, "dobbe": 0.2}}
+TEXTS = ("language_instruction", "natural_language_instruction", "instruction")
+
+
+def crc_table():
+    """What a byte does to a CRC32C (Castagnoli's polynomial, reflected): (256,) uint32."""
+    table = np.arange(256, dtype=np.uint32)
+    for _ in range(8):
+        table = (table >> np.uint32(1)) ^ np.where(table & 1, np.uint32(0x82F63B78), np.uint32(0))
+    return table
+
+
+CRC = crc_table()
+
+
+def masked_crc(data, lanes=512):
+    """The checksum of bytes as a TFRecord has it: CRC32C, rotated by 15 bits, plus a constant.
+
+    Many bytes go through side by side, in lanes; beside them the 32 bits of a register that sees only zeros,
+    which tell what a lane does to what came before it: registers add up (exclusive or).
+    """
+    x, state = np.frombuffer(data, np.uint8), 0xFFFFFFFF
+    if (length := len(x) // lanes) >= 64:
+        steps = np.concatenate([x[:lanes * length].reshape(lanes, length), np.zeros((32, length), np.uint8)])
+        register = np.append(np.zeros(lanes, np.uint32), np.uint32(1) << np.arange(32, dtype=np.uint32))
+        for step in np.ascontiguousarray(steps.T):                                       # (lanes + 32,)
+            register = (register >> np.uint32(8)) ^ CRC[(register & np.uint32(255)) ^ step]
+        alone, bits = register[:lanes].tolist(), register[lanes:].tolist()
+        for lane in alone:
+            for i in range(32):
+                lane ^= bits[i] if state >> i & 1 else 0
+            state = lane
+        x = x[lanes * length:]
+    table = CRC.tolist()
+    for byte in x.tolist():
+        state = state >> 8 ^ table[(state ^ byte) & 255]
+    state ^= 0xFFFFFFFF
+    return ((state >> 15 | state << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def tfrecords(buffer, path):
+    """(start, end) of each record's payload in a TFRecord file's bytes. ValueError: it is torn there."""
+    at, size, number = 0, len(buffer), 0
+    while at < size:
+        length = int.from_bytes(buffer[at:at + 8], "little")
+        whole = size >= at + 16 and masked_crc(buffer[at:at + 8]) == _u32(buffer, at + 8)
+        if not whole or at + 16 + length > size:
+            raise ValueError(f"{path} is {'cut off' if whole else 'torn'} in record {number}, at byte {at:,} "
+                             f"of {size:,}")
+        yield at + 12, at + 12 + length
+        at, number = at + 16 + length, number + 1
+
+
+def _u32(buffer, at):
+    return int.from_bytes(buffer[at:at + 4], "little")
+
+
+def _varint(b, at):
+    value = shift = 0
+    while True:
+        value, shift, at = value | (b[at] & 127) << shift, shift + 7, at + 1
+        if b[at - 1] < 128:
+            return value, at
+
+
+def _fields(b, at, end):
+    """(field number, start, end) of each field of a protocol buffer message."""
+    while at < end:
+        tag, at = _varint(b, at)
+        length, at = _varint(b, at) if tag & 7 == 2 else (4 if tag & 7 == 5 else _varint(b, at)[1] - at, at)
+        if tag & 7 not in (0, 2, 5) or at + length > end:
+            raise ValueError(f"a field of {length} bytes at {at} goes beyond its message's end, {end}")
+        yield tag >> 3, at, at + length
+        at += length
+
+
+def read_example(b, start, end):
+    """A tf.train.Example at b[start:end] -> {feature: (kind, [(start, end), ...] of its values)}.
+
+    kind 1: strings, a span each; 2: float32, 3: varints, any number of them in a span.
+    """
+    found = {}
+    for _, *features in _fields(b, start, end):
+        for _, *entry in _fields(b, *features):
+            key, value = sorted(_fields(b, *entry))[:2]
+            for kind, *values in _fields(b, *value[1:]):
+                found[bytes(b[key[1]:key[2]]).decode()] = kind, [span[1:] for span in _fields(b, *values)]
+    return found
+
+
+def feature_values(b, kind, spans):
+    """A feature's values: a list of bytes, float32 (n,) or int64 (n,)."""
+    parts = [bytes(b[start:end]) for start, end in spans]
+    if kind != 3:
+        return parts if kind == 1 else np.frombuffer(b"".join(parts), "<f4")
+    x = np.frombuffer(b"".join(parts), np.uint8)
+    first = np.flatnonzero(np.append(True, x[:-1] < 128)[:len(x)])         # a varint ends below 128
+    place = np.arange(len(x)) - first.repeat(np.diff([*first, len(x)]))
+    shifted = (x & 127).astype(np.uint64) << (7 * place).astype(np.uint64)
+    return np.add.reduceat(shifted, first).view(np.int64) if len(x) else np.zeros(0, np.int64)
+
+
+def read_features(node, name=""):
+    """features.json's tree -> {feature as a record names it: (dtype, shape, whether an encoded picture)}."""
+    if inner := node.get("sequence"):
+        return read_features(inner["feature"], name)
+    if inner := node.get("featuresDict"):
+        return {key: about for part, below in inner["features"].items()
+                for key, about in read_features(below, f"{name}/{part}" if name else part).items()}
+    about = node.get("image") or node.get("tensor") or {}
+    shape = [int(n) for n in about.get("shape", {}).get("dimensions", [])]
+    return {name: (about.get("dtype", "string"), shape, "image" in node)}
+
+
+def quaternion_to_euler(q):
+    """(n, 4) xyzw -> (n, 3) [rad]: about the fixed x, y, z axes in turn; where y is +-90 degrees, z = 0."""
+    x, y, z, w = (q / np.linalg.norm(q, axis=1, keepdims=True)).T
+    sin = (2 * (w * y - x * z)).clip(-1, 1)
+    free = np.abs(sin) < 1 - 1e-6
+    roll = np.where(free, np.arctan2(2 * (x * w + y * z), 1 - 2 * (x * x + y * y)), 2 * np.arctan2(x, w))
+    yaw = np.where(free, np.arctan2(2 * (z * w + x * y), 1 - 2 * (y * y + z * z)), 0)
+    return np.stack([roll, np.arcsin(sin), yaw], 1)
+
+
+def _gripper(rule, x):
+    import cogact
+    return getattr(cogact, rule)(x[:, 0])[:, None]
+
+
+RECIPES = {
+    "clip": lambda x: x.clip(0, 1), "moved": lambda x: np.diff(x, axis=0, append=x[-1:]),
+    "euler": quaternion_to_euler, "binary": partial(_gripper, "binarize_gripper"),
+    "absolute": partial(_gripper, "absolute_gripper"),
+    "zlib": lambda x: np.stack([np.frombuffer(zlib.decompress(row), "<f4") for row in x])}
+
+
+def recipe_column(term, read):
+    """One term of a recipe -> (n, k) float32. read(feature): (n, .), or the bytes of n steps."""
+    if term.startswith("1-"):
+        return 1 - recipe_column(term[2:], read)
+    if called := re.fullmatch(r"(\w+)\((.+)\)", term):
+        return RECIPES[called[1]](recipe_column(called[2], read))
+    name, cut = re.fullmatch(r"([^\[]+)(?:\[(-?\d*:-?\d*)\])?", term).groups()
+    x = read(name)
+    return x if cut is None else _cut(x.T, cut).T
+
+
+def _cut(x, cut):
+    """x[1:-1] for "1:-1"; all of it for ""."""
+    return x[slice(*(int(n) if n else None for n in (cut or ":").split(":")))]
+
+
+def decode_picture(data):
+    """A JPEG's or PNG's bytes -> (h, w, 3) uint8. With simplejpeg, a JPEG's pixels are TensorFlow's."""
+    if data[:2] == b"\xff\xd8" and (simplejpeg := _simplejpeg()):
+        return simplejpeg.decode_jpeg(data, fastdct=True)
+    with Image.open(io.BytesIO(data)) as picture:
+        return np.array(picture.convert("RGB"))
+
+
+@cache
+def _simplejpeg():
+    try:
+        return importlib.import_module("simplejpeg")
+    except ImportError:
+        return None
+
+
+class Rlds(Recorded):
+    """A set of tensorflow-datasets as samples; see `Recorded`. Episodes without any text are left out."""
+    FORM, OPENING = "RLDS of tensorflow-datasets", 1
+    OPTIONS = Recorded.OPTIONS | {"split": "train", "like": "", "sets": ""}
+
+    @property
+    def told(self):
+        """What else the line about an opened set says."""
+        return {"JPEG": "simplejpeg (TensorFlow's pixels)" if _simplejpeg() else (
+            "pillow (up to 7 levels off TensorFlow's; pip install simplejpeg)")}
+
+    def find(self):
+        o, folder, number = self.options, self.root, r"\d+\.\d+\.\d+"
+        if not (folder / "features.json").is_file():
+            found = {path.parent.name: path.parent for path in folder.glob("*/features.json")}
+            if not found:
+                raise ValueError(f"{folder}: no features.json in it or one folder below. Of several sets, "
+                                 "name one (rlds=DIR/SET), or a mixture (rlds=DIR,mixture=bridge).")
+            newest = max(found, key=lambda version: [int(n) for n in re.findall(r"\d+", version)])
+            folder = found.get(VERSIONS.get(folder.name), found[newest])
+        set_name = (folder.parent if re.fullmatch(number, folder.name) else folder).name
+        self.name, self.open = o["name"] or set_name, Opened(partial(open, mode="rb"))
+        with _layout(path := folder / "features.json", self.FORM):
+            features = read_features(read_json(path))
+            self.features = {key[6:]: about for key, about in features.items() if key.startswith("steps/")}
+            if not self.features:
+                raise ValueError("no feature `steps`: a record is no episode")
+        self._recipe(set_name.removesuffix(EXTERNAL))
+        with _layout(path := folder / "dataset_info.json", self.FORM):
+            about = read_json(path)
+            choose(f"{path}: fileFormat: cannot read", about.get("fileFormat", "tfrecord"), ["tfrecord"])
+            split = {split["name"]: split for split in about["splits"]}
+            choose(f"{folder}: split: there is no", o["split"], split)
+            lengths = [int(n) for n in split[o["split"]]["shardLengths"]]
+            name = split[o["split"]].get("filepathTemplate", "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}")
+            known = {"DATASET": about["name"], "SPLIT": o["split"], "FILEFORMAT": "tfrecord"}
+            shards = [folder / name.format(**known, SHARD_X_OF_Y=f"{i:05d}-of-{len(lengths):05d}")
+                      for i in range(len(lengths))]
+        self.files = [folder / "features.json", path, *shards]
+        self.episodes = [{"file": file, "record": i} for file, n in zip(shards, lengths) for i in range(n)]
+        self.tasks = []                                    # known once all rows were read
+
+    def _recipe(self, name):
+        """How this set is read: self.action, .state (recipes), .keep (a slice), .text, .views."""
+        o, entries = self.options, dict(OXE)
+        if o["sets"]:
+            entries |= read_json(o["sets"])
+        if o["like"]:
+            choose(f"{self.root}: like: there is no entry", o["like"], entries)
+        plain = ("", "", "state" * ("observation/state" in self.features), "action")
+        entry = entries.get(o["like"] or name, plain)
+        if not isinstance(entry, (list, tuple)) or [*map(type, entry)] not in ([str] * 4, [str] * 5):
+            raise ValueError(f"{o['sets']}: {name}: wanted [third, wrist, state, action], found {entry}.")
+        self.options = o = o | {view: o.get(view) or key for view, key in zip(("third", "wrist"), entry)
+                                if view in self.views}
+        self.action, self.state = o["action"] or entry[3], o["state"] or entry[2]
+        o |= {"action": self.action, "state": self.state, "keep": [*entry, ""][4]}     # of the table's name
+        cameras = [key.removeprefix("observation/") for key, (dtype, shape, encoded) in self.features.items()
+                   if encoded and dtype == "uint8" and shape[-1:] == [3] and key.startswith("observation/")]
+        self.choose_views(cameras)
+        self.text = self.find_feature(TEXTS, ("", "observation/"))
+        self.keys = {what: {name: self.find_feature([name], where)
+                            for name in re.findall(r"[a-zA-Z_][\w/]*(?![\w/(])", recipe)}
+                     for what, recipe, where in (("actions", self.action, ("action/", "", "observation/")),
+                                                 ("state", self.state, ("observation/", "")))}
+
+    def find_feature(self, names, where):
+        for key in (before + name for name in names for before in where):
+            if key in self.features:
+                return key
+        raise ValueError(f"{self.root}: a step has no {' or '.join(names)}, only {', '.join(self.features)}. "
+                         "Name what stands for it (action=, state=, like=, sets=; see data.py, OXE).")
+
+    def where(self, number):
+        return f"{self.episodes[number]['file']}, record {self.episodes[number]['record']}"
+
+    def _records(self, numbers):
+        """Yield (number, (bytes of its file, start, end)) of these episodes, or (number, what is wrong)."""
+        files = {}
+        for number in numbers:
+            e = self.episodes[number]
+            files.setdefault(e["file"], {})[e["record"]] = number
+        for path, left in tqdm(files.items(), f"{self.name}: records", unit="file", disable=None):
+            why = f"{path}: dataset_info.json says that it holds more records"
+            try:
+                with _mapped(path) as b:
+                    for record, span in enumerate(tfrecords(b, path)):
+                        if record in left:
+                            yield left.pop(record), (b, *span)
+            except ValueError as e:
+                why = str(e)
+            yield from ((number, why) for number in left.values())
+
+    def scan(self):
+        self.numbers = {}
+        for number, at in self._records(self.chosen):
+            if (found := at if isinstance(at, str) else self._take(number, *at)) is not None:
+                yield number, found
+
+    def _take(self, number, b, start, end):
+        """An episode's columns, or what is wrong with it, or None: no text, or no step that is kept."""
+        try:
+            found = read_example(b, start, end)
+            texts = self._values(b, found, {}, self.text)
+            if isinstance(texts, np.ndarray):                                            # code points (n, .)
+                texts = ["".join(map(chr, row)).partition("\0")[0].encode() for row in texts.astype(int)]
+            n, texts = len(texts), [text.decode("utf-8", "replace").strip() for text in texts]
+            whole = {}
+            for name, recipe in (("actions", self.action), ("state", self.state or "0")):
+                read = partial(self._values, b, found, self.keys[name], steps=n)
+                whole[name] = np.concatenate([recipe_column(term, read) for term in recipe.split()], 1)
+            spans = {f"at {key}": np.array(found[f"steps/observation/{key}"][1])
+                     for key in self.views.values()}
+            first, rows = next(filter(None, texts), None), _cut(np.arange(n), self.options["keep"])
+            if first is None or not len(rows):
+                return None
+            told = [self.numbers.setdefault(texts[i] or first, len(self.numbers)) for i in rows]
+            self.tasks = list(self.numbers)
+            return {**{name: x[rows].astype(np.float32) for name, x in whole.items()}, "task": np.array(told),
+                    **{name: x[rows] for name, x in spans.items()}}
+        except (LookupError, ValueError, TypeError, zlib.error) as e:
+            return f"{self.where(number)} is not as features.json says: {type(e).__name__}: {e}"
+
+    def _values(self, b, found, keys, name, steps=None):
+        """A feature of all steps, by its name in a recipe: a list of bytes, or numbers (n, k)."""
+        if name == "0":
+            return np.zeros((steps, 1), np.float32)
+        key = keys.get(name, name)
+        values, size = feature_values(b, *found[f"steps/{key}"]), math.prod(self.features[key][1])
+        n = len(values) if isinstance(values, list) else len(values) / size
+        if steps not in (None, n):
+            raise ValueError(f"{key} has {n:g} steps, not {steps}")
+        return values if isinstance(values, list) else values.reshape(-1, size).astype(np.float32)
+
+    def pictures(self, number, rows, key):
+        e, found = self.episodes[number], []
+        with _layout(e["file"], self.FORM):
+            file = self.open(e["file"])
+            for start, end in rows[f"at {key}"].tolist():
+                file.seek(start)
+                found.append(decode_picture(file.read(end - start)))
+            return np.stack(found)
+
+    def check(self):
+        """Yield (episode, why): records whose bytes do not fit their checksum, pictures that do not open."""
+        places = {number: i for i, (number, _) in enumerate(self.kept)}
+        for number, at in self._records(places):
+            if isinstance(at, str):
+                why = at
+            elif masked_crc(at[0][at[1]:at[2]]) != _u32(at[0], at[2]):
+                why = f"{self.where(number)}: its checksum does not fit its bytes"
+            else:
+                why = self.unreadable(number, places[number], self.views.values())
+            if why:
+                yield number, why
+
+    def facts(self):
+        left = len(self.chosen) - len(self.kept) - len(self.damaged)
+        yield (f"RLDS, {len(self.files) - 2} files, split {self.options['split']}; {left} episodes left out: "
+               "no text, or no step that counts")
+        yield f"action       {self.action}"
+        yield f"state        {self.state or 'zeros'}"
+        yield f"JPEG         {self.told['JPEG']}"
+        for key, (dtype, shape, _) in self.features.items():
+            yield f"feature {key}: {dtype} {shape}"
+
+
+@contextlib.contextmanager
+def _mapped(path):
+    """A file's bytes, read where they are looked at."""
+    if not path.is_file() or not path.stat().st_size:
+        raise ValueError(f"{path} is {'empty' if path.is_file() else 'missing'}")
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as b:
+        yield b
+
+
+# ---- CALVIN's frames: read ---------------------------------------------------------------------------------
+
+class CalvinSegments(Recorded):
+    """CALVIN's language segments as episodes; see `Recorded`. Relative actions (gripper 1: open), robot_obs.
+
+    A segment's frame `end` is no target, as in RoboVLMs. split "val" is the folder validation. For the table
+    in the cache, a frame that is replaced is no news: only the folder and the annotations are looked at.
+    """
+    FORM, OPENING = "CALVIN", 1
+    OPTIONS = {key: x for key, x in Recorded.OPTIONS.items() if key != "val"} | {
+        "action": "rel_actions", "state": "robot_obs"}
+
+    def find(self):
+        self.folder = calvin_folder(self.root, self.split)
+        language = self.folder / "lang_annotations" / "auto_lang_ann.npy"
+        self.segments, texts, _ = calvin_language(language)
+        self.tasks = sorted(set(texts))
+        self.numbers = [self.tasks.index(text) for text in texts]
+        self.episodes, self.files = self.segments, [language, self.folder]
+        if not self.segments:
+            raise ValueError(f"{language} lists no segments.")
+        first = calvin_frame(self.folder, self.segments[0][0])
+        self.choose_columns([*first], [key for key, x in first.items() if x.ndim == 3 and x.shape[2] == 3])
+
+    def where(self, number):
+        return f"{self.folder}, frames {self.segments[number][0]} to {self.segments[number][1]}"
+
+    def scan(self):
+        for number in tqdm(self.chosen, f"{self.name}: actions", unit="segment", disable=None):
+            rows = np.arange(*self.segments[number])
+            try:
+                read = [calvin_frame(self.folder, n, (self.action, self.state)) for n in rows]
+            except ValueError as e:
+                yield number, str(e)
+                continue
+            if len(rows):
+                yield number, {**{name: np.stack([x[key] for x in read]).astype(np.float32) for name, key in
+                                  (("actions", self.action), ("state", self.state))},
+                               "task": np.full(len(rows), self.numbers[number]), "row": rows}
+
+    def pictures(self, number, rows, key):
+        return np.stack([calvin_frame(self.folder, n, (key,))[key] for n in rows["row"]])
+
+    def check(self):
+        """Yield (segment, why): frames whose pictures cannot be read."""
+        for i, (number, _) in enumerate(tqdm(self.kept, "frames", disable=None)):
+            if why := self.unreadable(number, i, self.views.values()):
+                yield number, why
+
+    def facts(self):
+        yield f"CALVIN, {self.folder.name}: {len(self.segments)} language segments"
+
+
+RECORDED = {"lerobot": LeRobot, "libero": Libero, "rlds": Rlds, "calvin": CalvinSegments,
+            "robobrain": RoboBrain}
 
 
 def form_of(folder):
     """Which of RECORDED a folder is, or None."""
-    if (folder / "meta" / "info.json").is_file():
-        return "lerobot"
-    return "libero" if folder.is_dir() and _libero_files(folder) else None
+    marks = {"lerobot": ["meta/info.json"], "libero": ["*.hdf5", "*/*.hdf5"],
+             "calvin": ["lang_annotations/auto_lang_ann.npy", "training/lang_annotations/auto_lang_ann.npy"],
+             "rlds": ["features.json", "*/features.json", "*/*/features.json"]}
+    return next((form for form, names in marks.items() if any(map(any, map(folder.glob, names)))), None)
+
+
+def _mixture(root, name, options):
+    """The sets of one of MIXTURES below `root`, as recorded_sets gives them."""
+    choose(f"--data rlds={root}: there is no mixture", name, MIXTURES)
+    found = {key: next(filter(Path.is_dir, (Path(root).expanduser() / (key + end) for end in ("", EXTERNAL))),
+                       None) for key in MIXTURES[name]}
+    if missing := [key for key, path in found.items() if not path]:
+        raise ValueError(f"--data rlds={root},mixture={name}: {len(missing)} of {len(found)} sets are not "
+                         f"there: {', '.join(missing)}. Get them, or name those you have: "
+                         "rlds=DIR/SET,weight=2+rlds=...")
+    return [("rlds", str(found[key]), {**options, "weight": str(w)}) for key, w in MIXTURES[name].items()]
 
 
 def recorded_sets(spec):
-    """[(form, folder, options), ...] of a --data that names recorded episodes; else []."""
+    """[(form, folder, options), ...] of a --data of recorded episodes (first may be tabletop), else []."""
     if Path(spec).is_dir():
         return [(form, spec, {})] if (form := form_of(Path(spec))) else []
     parts = [part.partition("=") for part in re.split(r"\+(?=[\w-]+=)", spec)]
+    made = [(NAME, parts.pop(0)[0], {})] if len(parts) > 1 and tabletop_sets(parts[0][0]) else []
     if not all(form in RECORDED for form, *_ in parts):
         return []
     split = [(form, *re.split(r",(?=\w+=)", rest)) for form, _, rest in parts]
-    return [(form, folder, dict(x.split("=", 1) for x in options)) for form, folder, *options in split]
+    sets = [(form, folder, dict(x.split("=", 1) for x in options)) for form, folder, *options in split]
+    return made + [one for form, folder, options in sets for one in (
+        _mixture(folder, options.pop("mixture"), options) if form == "rlds" and "mixture" in options
+        else [(form, folder, options)])]
 
 
-def recorded_dataset(spec, split, views, expect, **how):
-    """The sets that --data SPEC names, one after the other, checked; None if none validates."""
-    sets = []
+def recorded_dataset(spec, split, views, expect, made, **how):
+    """The sets that --data SPEC names, one after the other, checked; None if none validates. made: opens the
+    tabletop's."""
+    sets, weights = [], []
     for form, folder, options in recorded_sets(spec):
-        if not Path(folder).expanduser().is_dir():
+        if not Path(folder).expanduser().is_dir() and form not in (NAME, "robobrain"):
             raise ValueError(f"--data {spec}: {folder} is no folder.")
-        data = RECORDED[form](folder, split, views=views, points=expect["action_dim"] == 2, options=options,
-                              **how)
+        try:
+            weight = float(options.get("weight", 1))
+        except ValueError:
+            weight = math.nan
+        if not 0 < weight < math.inf:
+            raise ValueError(f"--data {spec}: weight={options['weight']}: a number above 0 is wanted.")
+        data = made(folder) if form == NAME else RECORDED[form](
+            folder, split, views=views, points=expect["action_dim"] == 2, options=options, **how)
         sets += [data] if len(data) else []
-        if split == "train" and rank_info()[0] == 0:
-            read = {**data.views, "action": data.action, "state": data.state or "its usual columns, or zeros"}
+        weights += [weight] if len(data) else []
+        if form != NAME and split == "train" and rank_info()[0] == 0:
+            read = {**data.views, "action": data.action,
+                    "state": data.state or "its usual columns, or zeros", **data.told}
             read = ", ".join(f"{what}={column}" for what, column in read.items())
             print(f"{folder}: {len(data):,} frames, {len(data.kept):,} episodes; left out: "
                   f"{len(data.damaged):,} damaged; {read}", file=sys.stderr)
-    names = [data.name for data in sets]
+    names = [getattr(data, "name", NAME) for data in sets]
     if len(set(names)) < len(names):
         raise ValueError(f"--data {spec}: sets of one name in {names}; name them: lerobot=DIR,name=mine.")
     if not sets and split != "train":
         return None
     if not sets:
         raise ValueError(f"--data {spec}: no episode is left to train on; val=0 keeps all of them for it.")
-    data = Checked(Bodies(sets) if len(sets) > 1 else sets[0], f"--data {spec}", expect)
+    data = Bodies(sets, weights) if len(sets) > 1 else sets[0]
+    if len(sets) > 1 and split == "train" and rank_info()[0] == 0:
+        shares = np.diff([0, *data.cumulative_sizes]) / len(data)
+        print("samples: " + ", ".join(f"{x:.1%} {name}" for x, name in zip(shares, names)), file=sys.stderr)
+    data = Checked(data, f"--data {spec}", expect)
     return data if data[0] else None
 
 
@@ -2060,7 +3076,9 @@ def open_dataset(spec=NAME, split="train", horizon=8, views=("third",), image_si
     `options` go to `tabletop`. "tabletop+tabletop@dual": both bodies' (`Bodies`), `episodes` of each.
     "PATH/manifest.jsonl": VLA-0's community form (see `Manifest`); no validation set if too short: None.
     "maniskill=DIR+hoi4d=DIR": A0's forms, mixed; "a0=DIR": the official five. "val" is their test split.
-    "lerobot=DIR", "libero=DIR", or DIR, with options after commas: see `Recorded`, and the list above it.
+    "lerobot=DIR", "libero=", "calvin=", "rlds=" or DIR, options after commas: `Recorded`, and above it.
+    "robobrain=FILE.jsonl", or a folder of shards: `RoboBrain`. These and the tabletop mix by weight:
+    "tabletop+tabletop@dual+robobrain=VQA.jsonl,weight=0.1", the tabletop first.
     "FILE.json": the train_dataset or val_dataset of an official RoboVLMs configuration.
     "my_file.py:make_dataset": your function, called with those of split, horizon, views, image_size and
     history that it takes by name. It returns something with len() and [i], or an iterable (see `loader`); an
@@ -2072,14 +3090,15 @@ def open_dataset(spec=NAME, split="train", horizon=8, views=("third",), image_si
     if spec.endswith(".jsonl") and Path(spec).is_file():
         data = Checked(Manifest(spec, split, horizon), spec, expect)
         return data if len(data) and data[0] else None
+    if recorded_sets(spec):
+        made = partial(open_dataset, split=split, **expect, image_size=image_size, history=history, **options)
+        return recorded_dataset(spec, split, views, expect, made, horizon=horizon, history=history, **options)
     if spec.endswith(".json"):
-        return official_dataset(spec, split, horizon, history, views, expect)
+        return official_dataset(spec, split, horizon, history, views, expect, options.get("cache"))
     if path.endswith(".py"):
         offered = {"split": split, "horizon": horizon, "views": views, "image_size": image_size,
                    "history": history}
         return _user_dataset(path, name, offered, expect)
-    if recorded_sets(spec):
-        return recorded_dataset(spec, split, views, expect, horizon=horizon, history=history, **options)
     parts = [part.partition("=") for part in re.split(r"\+(?=[\w-]+=)", spec)]
     if all(equals for _, equals, _ in parts) and not Path(spec).exists():
         if action_dim not in (None, 2) or options:
@@ -2104,8 +3123,9 @@ def open_dataset(spec=NAME, split="train", horizon=8, views=("third",), image_si
         return Bodies(sets) if len(sets) > 1 else sets[0]
     found = "a folder" if Path(spec).is_dir() else "a file" if Path(spec).exists() else "nothing there"
     raise ValueError(f"--data {spec}: found {found}. Give {NAME}, {NAME}@dual:pick,put, {NAME}:all, "
-                     "lerobot=DIR, libero=DIR, a manifest.jsonl, maniskill=DIR (A0's sets), or "
-                     "my_file.py:make_dataset (your own reader; README has one of 15 lines).")
+                     "lerobot=DIR, libero=DIR, calvin=DIR, rlds=DIR, robobrain=FILE.jsonl, a manifest.jsonl, "
+                     "maniskill=DIR (A0's sets), or my_file.py:make_dataset (your own reader; README has one "
+                     "of 15 lines).")
 
 
 def tabletop_sets(spec):
@@ -2180,8 +3200,13 @@ class Checked(torch.utils.data.Dataset):
             return len(self.data)
 
     def __getitem__(self, index):
+        return self.draw(index, 0)
+
+    def draw(self, index, key):
         with _blame(where := f"{self.where}, sample {index}"):
-            return check_sample(self.data[index], where, **self.expect)
+            weighted = isinstance(self.data, Bodies)
+            sample = self.data.draw(index, key) if weighted else self.data[index]
+            return check_sample(sample, where, **self.expect)
 
 
 class CheckedStream(torch.utils.data.IterableDataset):
@@ -2336,8 +3361,35 @@ def _stream(dataset, prepare, collate, batch, rank, world, seed, start_step):
 
 # ---- Command line -----------------------------------------------------------------------------------------
 
-def describe(folder):
+def check_sheet(path, folder):
+    if path and (Path(path).suffix != ".png" or Path(folder).resolve() in Path(path).resolve().parents):
+        raise ValueError(f"--sheet {path}: give a FILE.png that is not in {folder}.")
+
+
+def contact_sheet(data, spans, path, episodes=6, frames=6, height=96):
+    """Write a PNG: a row for each of several episodes, frames from its first to its last, its task above.
+
+    data: [i] is a sample. spans: [(first, beyond the last i), ...] of the episodes. All views are shown.
+    """
+    rows = []
+    for e in np.unique(np.linspace(0, len(spans) - 1, episodes).round().astype(int)):
+        start, end = map(int, spans[e])
+        samples = [data[int(i)] for i in np.linspace(start, end - 1, frames).round()]
+        rows.append((f"{end - start} frames: {samples[0]['instruction']}", [
+            Image.fromarray(x).resize((max(1, round(x.shape[1] * height / len(x))), height))
+            for sample in samples for x in sample["images"].values()]))
+    sheet = Image.new("RGB", (max(sum(x.width for x in row) for _, row in rows), len(rows) * (height + 16)))
+    for i, (text, row) in enumerate(rows):
+        ImageDraw.Draw(sheet).text((3, i * (height + 16) + 2), text.encode("ascii", "replace").decode())
+        for picture, left in zip(row, itertools.accumulate([0, *(x.width for x in row)])):
+            sheet.paste(picture, (left, i * (height + 16) + 16))
+    atomic_write(path, partial(sheet.save, format="PNG"))
+    print(f"contact sheet {path}")
+
+
+def describe(folder, sheet=None):
     """Print what a set holds, after comparing every shard with its checksum."""
+    check_sheet(sheet, folder)
     data = Episodes(folder)
     for entry in _manifest(folder)["shards"]:
         if _sha256(data.folder / entry["file"]) != entry["sha256"]:
@@ -2354,11 +3406,15 @@ def describe(folder):
         print(f"sample       {key}: {value.shape if isinstance(value, np.ndarray) else shown}")
     for key in ("q01", "q99", "mean", "std"):
         print(f"action {key:5} " + " ".join(f"{x:8.4f}" for x in data.stats[data.name]["action"][key]))
+    if sheet:
+        contact_sheet(data, [*zip(data.starts, data.starts[1:])], sheet)
 
 
-def describe_recorded(folder, form):
+def describe_recorded(folder, form, sheet=None):
     """Print what a folder of `RECORDED` is, look at all its files, and list what is damaged, if anything."""
-    data = RECORDED[form](folder, options={"val": "0", "damaged": "skip"})
+    check_sheet(sheet, folder)
+    options = {key: x for key, x in (("val", "0"), ("damaged", "skip")) if key in RECORDED[form].OPTIONS}
+    data = RECORDED[form](folder, options=options)
     damaged = dict([*data.damaged, *data.check()])
     frames = np.diff(data.at) if len(data) else np.zeros(1, int)
     print(f"{len(data.episodes)} episodes, {len(damaged)} of them damaged; {len(data)} frames, "
@@ -2366,14 +3422,15 @@ def describe_recorded(folder, form):
           f"{len(data.tasks)} tasks")
     print("\n".join(data.facts()))
     print("tasks        " + "; ".join(data.tasks[:4]) + "; ..." * (len(data.tasks) > 4))
-    good = (i for i, (number, _) in enumerate(data.kept) if number not in damaged)
-    first = next(good, None)
-    for key, value in () if first is None else data[int(data.at[first])].items():
+    good = [(data.at[i], data.at[i + 1]) for i, (number, _) in enumerate(data.kept) if number not in damaged]
+    for key, value in data[int(good[0][0])].items() if good else ():
         shown = {view: image.shape for view, image in value.items()} if key == "images" else repr(value)
         print(f"sample       {key}: {value.shape if isinstance(value, np.ndarray) else shown}")
     for key in ("q01", "q99", "mean", "std", "mask"):
         for entry in data.stats.values():
             print(f"action {key:5} " + " ".join(f"{x:8.4f}" for x in entry["action"][key]))
+    if sheet and good:
+        contact_sheet(data, good, sheet)
     for number, why in sorted(damaged.items()):
         print(f"damaged      episode {number}: {why}")
     if damaged:
@@ -2410,9 +3467,30 @@ def metadata_command(arguments):
     print(f"{hoi4d_metadata(**vars(parser.parse_args(arguments))):,} clips have their metadata.json")
 
 
+def process_command(arguments):
+    parser = Parser("AgileX's recordings -> train.jsonl, pictures and statistics, as RoboBrain-X0 has them.",
+                    prog="data.py robobrain-process")
+    parser.add_argument("annotation", help="JSON: {group: [{raw_task, task, frame, data}, ...]}")
+    parser.add_argument("--out", required=True, help="folder to write, or to finish after an interruption")
+    parser.add_argument("--root", type=Path, help="where files lie that are not at their absolute path")
+    parser.add_argument("--source", choices=GRIPPER_ZERO, help="whose gripper zero (default: by folder)")
+    parser.add_argument("--robot", default="agilex", help="whose prompt: agilex, r1lite, a2d, ...")
+    parser.add_argument("--subtask", action="store_true", help="the answer names the sub-task first")
+    parser.add_argument("--paraphrases", type=Path, help="JSON {raw_task: [text, ...]}: the first is asked")
+    parser.add_argument("--fast", type=Path, help="FAST+'s tokenizer.json, to write the actions' codes too")
+    parser.add_argument("--chunk", type=within(1), default=30, help="actions per sample")
+    parser.add_argument("--step", type=within(1), default=1, help="frames from one action to the next")
+    parser.add_argument("--every", type=within(1), default=3, help="frames from one sample to the next")
+    parser.add_argument("--skip", action="store_true", help="leave out what is damaged")
+    parser.add_argument("--workers", type=within(0), help="processes that write (default: one per core)")
+    args = parser.parse_args(arguments)
+    samples = robobrain_process(**vars(args))
+    print(f"{samples:,} samples; train on them with --data robobrain={Path(args.out) / 'train.jsonl'}")
+
+
 def main():
     commands = {"build-manifest": build_command, "hoi4d-frames": frames_command,
-                "hoi4d-metadata": metadata_command}
+                "hoi4d-metadata": metadata_command, "robobrain-process": process_command}
     if command := commands.get(next(iter(sys.argv[1:]), None)):
         return command(sys.argv[2:])
     known = ",".join(eval_sim.FAMILIES + eval_sim.PAIRS)
@@ -2426,6 +3504,7 @@ def main():
     parser.add_argument("--views", default="third", help=f"cameras, some of {','.join(eval_sim.VIEWS)}")
     parser.add_argument("--image-size", type=within(1), default=64, help="pixels per side")
     parser.add_argument("--cache", help="folder that holds generated sets (default: ~/.cache/plainvla)")
+    parser.add_argument("--sheet", metavar="FILE.png", help="write a contact sheet: frames of some episodes")
     parser.add_argument("--workers", type=within(0), help="processes that generate (default: one per core)")
     args = parser.parse_args()
     if args.make == bool(args.folder):
@@ -2437,8 +3516,8 @@ def main():
         args.folder = data.folder
         print(data.folder)
     elif form := form_of(Path(args.folder)):
-        return describe_recorded(args.folder, form)
-    describe(args.folder)
+        return describe_recorded(args.folder, form, args.sheet)
+    describe(args.folder, args.sheet)
 
 
 if __name__ == "__main__":

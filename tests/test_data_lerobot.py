@@ -352,7 +352,7 @@ DAMAGE = {                 # of episode 2; name: (what is done to the set, what 
                             "0.200 s for 6 frames, but info.json's fps is 10"),
 }
 LATER = {                  # of its video; said when the set is opened, and when a frame is wanted
-    "torn mp4": (lambda root: (root / MP4).write_bytes((root / MP4).read_bytes()[:300]), "not as in LeRobot's videos"),
+    "torn mp4": (lambda root: (root / MP4).write_bytes((root / MP4).read_bytes()[:300]), "not as in an mp4"),
     "fps disagrees": (lambda root: mp4(root / MP4, [picture(2, i, 0) for i in range(6)], 30),
                       "has 30 frames per second, info.json's fps is 10"),
     "short mp4": (lambda root: mp4(root / MP4, [picture(2, i, 0) for i in range(4)]),

@@ -149,7 +149,7 @@ class Evil:
     ({"type": "DiskCalvin"}, "type: there is no 'DiskCalvin'"),
     ({"data_dir": "gone"}, "no language of CALVIN"),
     ({"partial_data": True}, "not public"), ({"exclude_tasks": ["lift", "push"]}, "no window of 3 frames"),
-    ({"type": "OpenVLADataset", "data_root_dir": "/x"}, "records are not read"),
+    ({"type": "OpenVLADataset", "data_root_dir": "/x"}, "wanted a folder of sets"),
     ({"few_shot": "gone.json"}, "gone.json")])
 def test_a_wrong_data_block_is_one_line(change, complaint, tmp_path):
     with pytest.raises(ValueError, match=complaint) as caught:

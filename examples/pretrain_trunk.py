@@ -15,8 +15,9 @@ action of the expert is ever shown to it:
                  3.3 cm in the mean (median 0.6); one in four was another thing of that colour
   where is it?   at the last token of a prompt that names things ("pick up the red cube", "find the plate"):
                  position of X, of Y, of the gripper; is X in the hand; which task is asked. A method that
-                 writes (VLA-0, X0) also answers in text which way X and Y lie from the gripper: geometry too,
-                 but the first 4 cm of it are what an action says when nothing is in the way
+                 writes also says which way X and Y lie from the gripper (VLA-0 in text, RoboBrain-X0 in
+                 action codes, of both bodies): geometry too, but the first 4 cm of it are what an action
+                 says when nothing is in the way
 
 The answering heads are linear, used here only, and thrown away. The error of the answers on unseen scenes
 [cm] is printed as it falls, and written with the time it took into the card beside the weights.
@@ -53,6 +54,9 @@ POINT = ("point at the {x}", "find the {x}", "look at the {x}")       # phrasing
 SHARES = (0.17, 0.22, 0.16, 0.14, 0.06, 0.14, 0.11)                   # of the tasks, among the questions
 STRIDE = 0.04                                                         # [m]
 SCALE = 0.1                                                           # answers are in units of 10 cm
+# of an arm's numbers as action codes: dx dy dz [m], three angles [rad], the gripper
+RANGE = {"gripper": {"q01": [-STRIDE] * 3 + [0, 0, -0.1, 0], "q99": [STRIDE] * 3 + [0, 0, 0.1, 1]}}
+RANGE["dual"] = {name: 2 * numbers for name, numbers in RANGE["gripper"].items()}
 # the answer row: X xyz, Y xyz, gripper xyz, sin and cos of its yaw, gap, X in hand?, anything in hand?
 ANSWERS, COLUMNS = 14, {"x": slice(0, 3), "y": slice(3, 6), "gripper": slice(6, 9)}
 HELD_OUT = 900_000                                                    # the first scene never trained on
@@ -60,15 +64,17 @@ HELD_OUT = 900_000                                                    # the firs
 
 # ---- Scenes and questions ---------------------------------------------------------------------------------
 
-def scene(seed, size, grid):
+def scene(seed, size, grid, body="gripper"):
     """One random scene, its third-person picture of size x size pixels cut into grid x grid = P patches.
 
-    Returns the picture, uint8 (size, size, 3); what each patch shows, int8 (P, 2): colour, shape; where the
-    middle of that is, float32 (P, 5): x, y in the picture [0, 1], x, y, z in the world [10 cm]; `questions`.
+    body: of the simulator; of two arms, one is rearranged. Returns the picture, uint8 (size, size, 3); what
+    each patch shows, int8 (P, 2): colour, shape; where the middle of that is, float32 (P, 5): x, y in the
+    picture [0, 1], x, y, z in the world [10 cm]; `questions`.
     """
-    env = eval_sim.Tabletop(FAMILIES, "pretrain", image_size=size)
+    env = eval_sim.Tabletop(FAMILIES, "pretrain", image_size=size, embodiment=body)
     env.lay_out(seed)
     rng = np.random.default_rng([seed, 2])
+    env.arm = int(rng.integers(len(env.arms)))
     rearrange(env, rng)
     rgb, _, owner = env.picture("third")
     patch = size // grid
@@ -79,11 +85,11 @@ def scene(seed, size, grid):
         ids, counts = np.unique(tile[tile >= 0], return_counts=True)
         if not len(ids):
             continue
-        best, on_things = ids[counts.argmax()], counts * (ids < 100)  # 100: the gripper, before things
+        best, on_things = ids[counts.argmax()], counts * (ids < 100)  # 100, 101: arms, before things
         if on_things.max() >= patch * patch // 10:                    # a tenth of the patch is enough
             best = ids[on_things.argmax()]
-        if best == 100:
-            what[p, 0], at = COLOUR_NAMES.index("gripper"), env.tcp
+        if best >= 100:
+            what[p, 0], at = COLOUR_NAMES.index("gripper"), env.arms[best - 100].tcp
         else:
             thing = env.things[best]
             at, none = thing.at, len(SHAPE_NAMES) - 1
@@ -120,9 +126,11 @@ def rearrange(env, rng):
 
 
 def questions(env, rng, n=6):
-    """`n` questions on a scene: (instruction, task index, answers (ANSWERS,), which of them count).
+    """`n` questions on a scene: (instruction, task index, answers (ANSWERS,), which of them count, names of X
+    and Y, (body, its arm that is asked about)).
 
-    The task index is 2 * task + (the side is left), for tasks that have a side.
+    The task index is 2 * task + (the side is left), for tasks that have a side. The arm is the one that holds
+    something, else the one on X's side.
     """
     hand = env.held[0] if env.held else None
     rows = []
@@ -146,6 +154,8 @@ def questions(env, rng, n=6):
         phrases = POINT if task == "point" else PHRASES[task][:-1]    # the last one is held out
         phrase, named = phrases[rng.integers(len(phrases))], y.name if y else ""
         text = phrase.format(x=x.name, y=named, side=side, on="in" if named == "box" else "on")
+        if len(env.arms) > 1 and hand is None:
+            env.arm = int(x.at[1] > 0)
         row, counts = np.zeros(ANSWERS, np.float32), np.ones(ANSWERS, bool)
         row[COLUMNS["x"]], row[COLUMNS["gripper"]] = x.at / SCALE, env.tcp / SCALE
         row[9:] = np.sin(env.rpy[2]), np.cos(env.rpy[2]), env.gap / MAX_GAP, hand is x, hand is not None
@@ -153,19 +163,20 @@ def questions(env, rng, n=6):
         if y is not None:
             row[COLUMNS["y"]] = y.at / SCALE
         left = side == "left" and task in ("push", "turn", "side")
-        rows.append((text, TASKS.index(task) * 2 + left, row, counts))
+        rows.append((text, TASKS.index(task) * 2 + left, row, counts, (x.name, named),
+                     (env.embodiment, env.arm)))
     return rows
 
 
 def _many(args):
-    chunk, size, grid = args
-    return [scene(s, size, grid) for s in chunk]
+    chunk, *how = args
+    return [scene(s, *how) for s in chunk]
 
 
-def make_scenes(n, size, grid, start=0):
+def make_scenes(n, size, grid, start=0, bodies=("gripper",)):
     """`n` scenes of the split "pretrain" from its `start`-th on, in parallel: a list, as from `scene`."""
     ids = eval_sim.seeds("pretrain", n, start)
-    jobs = [(ids[i:i + 100], size, grid) for i in range(0, n, 100)]
+    jobs = [(ids[i:i + 100], size, grid, bodies[i // 100 % len(bodies)]) for i in range(0, n, 100)]
     with multiprocessing.Pool() as pool:
         parts = tqdm(pool.imap(_many, jobs), total=len(jobs), desc="scenes", unit="00")
         return [s for part in parts for s in part]
@@ -175,7 +186,7 @@ def make_scenes(n, size, grid, start=0):
 
 class CogACT:
     """How CogACT looks and reads. Rows: <s> | patches | question </s>."""
-    method = cogact
+    method, bodies = cogact, ("gripper",)
 
     @staticmethod
     def sizes(cfg):
@@ -202,7 +213,7 @@ class CogACT:
                                         attention_mask=see[None, None], output_hidden_states=True)
 
     @staticmethod
-    def question(cfg, tokenizer, text, answer):
+    def question(cfg, tokenizer, text, *known):
         """(all that stands behind the picture, how much of it is the question): lists of ids."""
         ids = cogact.encode_prompt(text, cfg, tokenizer)[1:]
         return ids, len(ids)
@@ -216,7 +227,7 @@ class CogACT:
 
 class VLA0:
     """How VLA-0 looks and reads. Rows: user <|vision_start|> | patches | <|vision_end|> question answer."""
-    method, start, sizes, answer = vla0, 4, CogACT.sizes, CogACT.answer
+    method, start, sizes, answer, bodies = vla0, 4, CogACT.sizes, CogACT.answer, CogACT.bodies
 
     @staticmethod
     def look(m, images):
@@ -238,9 +249,9 @@ class VLA0:
                        output_hidden_states=True)
 
     @staticmethod
-    def question(cfg, tokenizer, text, answer):
+    def question(cfg, tokenizer, text, row, counts, *known):
         ids = vla0.encode_prompt(vla0.build_prompt(text, cfg), cfg, tokenizer, 1)[VLA0.start + 1:]
-        return ids + vla0.answer_ids(answer, cfg) + [cfg.im_end_id], len(ids)
+        return ids + vla0.answer_ids(in_words(row, counts), cfg) + [cfg.im_end_id], len(ids)
 
     @staticmethod
     def before(cfg, tokenizer):
@@ -255,7 +266,7 @@ class VLA0:
 
 class RoboBrainX0(VLA0):
     """How RoboBrain-X0 looks and reads: as VLA-0, of whose family it is, with its own words."""
-    method, start = robobrain_x0, 5
+    method, start, bodies = robobrain_x0, 5, eval_sim.BODIES
 
     @staticmethod
     def look(m, images):
@@ -265,11 +276,16 @@ class RoboBrainX0(VLA0):
         return out.view(len(images), -1, m.cfg.llm_width)
 
     @staticmethod
-    def question(cfg, tokenizer, text, answer):
-        asked = {"from": "human", "value": robobrain_x0.human_turn({"instruction": text}, cfg, False, False)}
-        rows = ([asked, {"from": "gpt", "value": said}] for said in (answer, None))
-        whole, alone = (robobrain_x0.encode_conversation(row, None, [1], tokenizer, cfg)[0] for row in rows)
-        return whole[RoboBrainX0.start + 1:], len(alone) - RoboBrainX0.start - 1
+    def question(cfg, tokenizer, text, row, counts, names, body, rng):
+        """It answers with the name of X (or Y), and with the way there, in action codes."""
+        thing = "y" if names[1] and rng.random() < 0.5 else "x"
+        chunk = robobrain_x0.normalize(strides(row, thing, cfg.horizon, *body), RANGE[body[0]])
+        talk = [{"from": "human", "value": robobrain_x0.human_turn(
+            {"instruction": text, "embodiment": body[0]}, cfg, False, False)},
+            {"from": "gpt", "value": f"{names[thing == 'y']}<boa><action_token>"}]
+        codes = [tokenizer.actions.encode(chunk)]
+        ids, labels = robobrain_x0.encode_conversation(talk, codes, [1], tokenizer, cfg)
+        return ids[RoboBrainX0.start + 1:], labels.count(-100) - RoboBrainX0.start - 1
 
     @staticmethod
     def before(cfg, tokenizer):
@@ -282,7 +298,7 @@ class RoboBrainX0(VLA0):
 
 class A0:
     """How A0 looks and reads: its denoiser looks at picture and text. It points at the way from X to Y."""
-    method, skip = a0, ()
+    method, skip, bodies = a0, (), CogACT.bodies
     shape = 3                   # weight of its loss: cube and cylinder differ by little (stage one had 1)
 
     @staticmethod
@@ -296,7 +312,7 @@ class A0:
         return m.siglip((pixels - 0.5) / 0.5).last_hidden_state
 
     @staticmethod
-    def question(cfg, tokenizer, text, answer):
+    def question(cfg, tokenizer, text, *known):
         ids = a0.encode_text(text, cfg, tokenizer)
         return ids, len(ids)
 
@@ -325,7 +341,7 @@ class A0:
 
 class RoboVLMs:
     """How KosMos-2 looks and reads. Rows: <s> | latents | question ACT; latent p answers for patch p."""
-    method, answer = robovlms, CogACT.answer
+    method, answer, bodies = robovlms, CogACT.answer, CogACT.bodies
 
     @staticmethod
     @torch.no_grad()
@@ -369,7 +385,7 @@ class RoboVLMs:
         return SimpleNamespace(hidden_states=[*states, x], last_hidden_state=decoder.layer_norm(x))
 
     @staticmethod
-    def question(cfg, tokenizer, text, answer):
+    def question(cfg, tokenizer, text, *known):
         ids = robovlms.encode_prompt(text, cfg, tokenizer)[1:-1] + [cfg.vocab]          # less <s> and </s>
         return ids, len(ids)
 
@@ -403,6 +419,21 @@ def in_words(row, counts):
             stride = np.append(way[:2] * min(1, STRIDE / max(np.hypot(*way[:2]), 1e-9)), way[2])
             numbers += [*(stride / STRIDE), *(way / 0.5 if thing == "x" else [])]
     return " ".join(str(int(n)) for n in np.rint(np.clip(numbers, -1, 1) * 50 + 50))
+
+
+def strides(row, thing, T, body, arm):
+    """The first T strides from the gripper straight to X or Y, as a chunk (T, 7 per arm) of the arm that is
+    asked about; it keeps its fingers, another arm waits with open ones."""
+    at, goal = (row[COLUMNS[name]] * SCALE for name in ("gripper", thing))                # [m]
+    chunk = np.zeros((T, eval_sim.EMBODIMENTS[body][0]))
+    chunk[:, 6::7], mine = 1, chunk[:, 7 * arm:7 * arm + 7]
+    for step in mine:
+        way = goal - at
+        step[:2], step[2] = way[:2] * min(1, STRIDE / max(np.hypot(*way[:2]), 1e-9)), way[2]
+        step[:3] = np.clip(step[:3], -STRIDE, STRIDE)
+        at = at + step[:3]
+    mine[:, 6] = row[11] > 0.5
+    return chunk
 
 
 def in_rows(asker, batch, patches):
@@ -439,6 +470,7 @@ class Asker(torch.nn.Module):
         self.patch_head = torch.nn.Linear(W, len(COLOUR_NAMES) + len(SHAPE_NAMES) + 5)
         self.answer_head = torch.nn.Linear(D, ANSWERS)
         self.task_head = torch.nn.Linear(D, 2 * len(TASKS))
+        self.said = torch.zeros(getattr(model.cfg, "vocab", 0), dtype=torch.bool)
         self.point_heads = torch.nn.ModuleList(torch.nn.Linear(D, W) for _ in range(layers - 1))
 
     def forward(self, batch):
@@ -475,6 +507,8 @@ class Asker(torch.nn.Module):
         targets = batch["targets"]                                    # (B, Q, L): the next token, -100: none
         if (targets >= 0).any():
             written = own[targets >= 0] @ self.how.embedding(self.model).weight.T
+            self.said[targets[targets >= 0]] = True                   # the others stay as they began
+            written = written.masked_fill(~self.said, -torch.inf)
             logs["text"] = F.cross_entropy(written, targets[targets >= 0])
             total = total + logs["text"]
         if points is not None:
@@ -490,7 +524,7 @@ def make_batch(scenes, picks, rng, asker, ask):
     for i in picks:
         rgb, what, where, known = scenes[i]
         which = rng.choice(len(known), ask, replace=False)
-        asked += [how.question(cfg, tokenizer, known[k][0], in_words(*known[k][2:])) for k in which]
+        asked += [how.question(cfg, tokenizer, known[k][0], *known[k][2:], rng) for k in which]
         rows.append((rgb, what, where, *(np.stack([known[k][j] for k in which]) for j in (1, 2, 3))))
     rgb, what, where, task, row, counts = (torch.from_numpy(np.stack(column)) for column in zip(*rows))
     L = max(len(ids) for ids, _ in asked)
@@ -552,8 +586,8 @@ def main():
     if a.init:
         print(f"fresh: {len(model.load_state_dict(load_weights(a.init), strict=False).missing_keys)} tensors")
     grid = cfg.image_size // cfg.patch_size // getattr(cfg, "merge_size", 1)
-    held_out = make_scenes(2000, cfg.image_size, grid, HELD_OUT)
-    scenes = make_scenes(a.scenes, cfg.image_size, grid)
+    held_out = make_scenes(2000, cfg.image_size, grid, HELD_OUT, how.bodies)
+    scenes = make_scenes(a.scenes, cfg.image_size, grid, 0, how.bodies)
     asker = Asker(model, how)
     learns = lambda name: not name.removeprefix("model.").startswith(how.skip or "-")       # noqa: E731
     parameters = [q for n, q in asker.named_parameters() if q.requires_grad and learns(n)]

@@ -17,6 +17,8 @@ THE SAMPLE: a dict, one per (episode, frame), of numpy arrays and strings; nothi
  optional, for the methods that learn from them:
    subtask         str                          what is being done now ("reach for the red cube")
    done            bool                         True: all is done, and subtask may be "" (told two goals)
+   unforeseen      bool                         True: loss_mask has holes before the episode's end, where the
+                                                actions answer to what had not happened yet
    waypoints       (5, 2) float32               (x, y) right and down, [0, 1] of the image: contact, path; a
                                                 sample without actions for a0 needs no state, loss_mask
    embodiment      str                          which robot and control convention
@@ -408,7 +410,8 @@ class Episodes(torch.utils.data.Dataset):
                 "instruction": e["instruction"], "state": shard.read("state", i, i + 1)[0],
                 "actions": actions, "loss_mask": counts, "dataset": self.name,
                 "subtask": subtask, "waypoints": shard.read("waypoints", i, i + 1)[0],
-                "embodiment": self.embodiment, **({} if subtask else {"done": True})}
+                "embodiment": self.embodiment, **({} if subtask else {"done": True}),
+                **({} if counts[:n].all() else {"unforeseen": True})}
 
     def recording(self, episode):
         """A whole episode: its facts, and images.<view>, state, actions, executed, ... as (frames, ...)."""

@@ -82,6 +82,7 @@ class Config:
     #                                   when training starts, from the training data
     fast_scale: float = 10.0          # DCT coefficients are rounded after this
     fast_min: int = -354              # the coefficient that becomes character 0
+    fast_vocab: int = 2048            # entries of a vocabulary that is made
     omnisat: str = ""                 # its codebooks: file, folder; or "fit"
     points: int = 0                   # N: control points of a spline; 0: as many as actions
     degree: int = 1
@@ -195,8 +196,8 @@ PRESETS = {
         image_size=96, min_pixels=144, patch_size=12, merge_size=1, vit_width=64, vit_depth=4, vit_heads=2,
         vit_mlp=128, full_attention=(0, 1, 2, 3), llm_width=128, llm_depth=4, llm_heads=4, llm_kv_heads=2,
         llm_mlp=256, llm_init=0.06, vocab=1552, rope_theta=1e4, mrope_section=(4, 6, 6), horizon=4,
-        action_dim=14, codes=1024, fast="fit", fast_min=-21, omnisat="fit", entries=128,
-        system="", action_id=512, pad_id=1536, im_start_id=1537, im_end_id=1538,
+        action_dim=14, codes=1024, fast="assets/robobrain_x0_tiny_actions", fast_min=-21, fast_vocab=128,
+        omnisat="assets/robobrain_x0_tiny_actions", entries=128, system="", action_id=512, pad_id=1536, im_start_id=1537, im_end_id=1538,
         vision_start_id=1539, vision_end_id=1540, image_id=1541, boa_id=1542, eoa_id=1543, split_id=1544,
         tokenizer="tiny", execute=3, max_words=16, window=4, data="tabletop+tabletop@dual", vision_lr=1.0,
         lr=1e-3, warmup=50, weight_decay=1e-10, batch=32, steps=1900,
@@ -920,7 +921,8 @@ def example_chunks(cfg, n=400):
 def fit_actions(cfg, chunks):
     """The tokenizer that cfg asks for, fitted on normalized chunks, a list of (T, A) of any bodies."""
     if cfg.tokens == "fast":
-        return Fast.fit(chunks, cfg.fast_scale, cfg.codes, cfg.fast_min)
+        made = Fast.fit(chunks, cfg.fast_scale, min(cfg.fast_vocab, cfg.codes), cfg.fast_min)
+        return Fast(made.bpe, made.scale, made.low, cfg.codes)
     return OmniSAT.fit(chunks, cfg.points or cfg.horizon, cfg.degree, cfg.levels, cfg.entries, cfg.codes,
                        cfg.tolerance)
 
@@ -938,7 +940,8 @@ def load_actions(cfg, folder=None):
         if not wanted:
             raise ValueError("tokens=omnisat needs codebooks, and none are published: set omnisat=fit, or "
                              "train some (python examples/action_tokens.py), and set it to their folder.")
-        path = resolve(wanted, ["tokenizer.json"], cfg.tokens)
+        own = Path(__file__).resolve().parent / wanted         # the tiny preset's lie in assets/
+        path = own if own.exists() else resolve(wanted, ["tokenizer.json"], cfg.tokens)
         if path.is_dir():
             path = path / file if (path / file).is_file() else path / "tokenizer.json"
     if cfg.tokens == "fast":
@@ -1143,17 +1146,12 @@ def human_turn(sample, cfg, subtask, teach):
 
 
 def answer_codes(sample, cfg, words, stats):
-    """(codes of each chunk, how many numbers lie beyond the quantiles) of a sample's actions.
-
-    What does not count (loss_mask), as nobody could foresee it, becomes the action before it.
-    """
+    """(codes of each chunk, how many numbers lie beyond the quantiles) of a sample's actions."""
     (n, A), T = np.shape(sample["actions"]), cfg.horizon
     if n not in range(T, cfg.chunks * T + 1, T) or A > cfg.action_dim:
         raise ValueError(f"actions: (horizon, action_dim) = {(T, cfg.action_dim)}, up to chunks={cfg.chunks} "
                          f"times as many rows, are expected, found {(n, A)}. Set these, or fix the data.")
-    counts = np.asarray(sample.get("loss_mask", np.ones(n, bool)))                  # (n,)
-    actions = np.asarray(sample["actions"])[np.maximum.accumulate(np.where(counts, np.arange(n), 0))]
-    x = normalize(actions, pick_stats(stats, sample.get("dataset")), clip=False)
+    x = normalize(sample["actions"], pick_stats(stats, sample.get("dataset")), clip=False)
     chunks = [words.actions.encode(c) for c in np.clip(x, -1, 1).reshape(-1, T, A)]
     return chunks, int((np.abs(x) > 1 + 1e-6).sum())
 
@@ -1195,6 +1193,8 @@ def prepare(sample, cfg, tokenizer, stats=None, key=None, train=False):
     grids = [grid for _, grid in seen]
     tokens = [rows * columns // cfg.merge_size ** 2 for _, rows, columns in grids]
     ids, labels = encode_conversation(talk, chunks, tokens, tokenizer, cfg)
+    if sample.get("unforeseen"):                               # a code tells of the whole chunk: learn words
+        labels = [-100 if cfg.action_id <= i < cfg.action_id + cfg.codes else i for i in labels]
     positions, delta = rope_positions(ids, cfg, grids)
     none = torch.zeros(0, 3 * cfg.patch_size ** 2, dtype=torch.uint8)
     out = {"patches": torch.cat([none, *(p for p, _ in seen)]), "positions": positions,
@@ -1902,7 +1902,7 @@ def demo():
     """Overfit two synthetic samples with the tiny preset (seconds on one core), then act on them."""
     torch.manual_seed(0)
     torch.set_num_threads(1)                                   # matrices this small gain nothing from more
-    cfg, rng, start = PRESETS["tiny"], np.random.default_rng(0), time.time()
+    cfg, rng, start = configure(PRESETS["tiny"], fast="fit"), np.random.default_rng(0), time.time()
     stats = {"synthetic": {"action": {"q01": [-0.1] * 6 + [0], "q99": [0.1] * 6 + [1]}}}
     samples = [{"images": {"third": np.full((96, 96, 3), rgb, np.uint8)}, "dataset": "synthetic",
                 "instruction": f"pick up the {colour} cube", "subtask": f"reach for the {colour} cube",

@@ -91,9 +91,11 @@ def test_what_follows_a_bump_does_not_count(small):
         for at in bumped[bumped > 0]:
             inside = [b for b in bumped if at - 1 <= b < at + 3]
             want = [step <= inside[0] and step < len(recorded["actions"]) for step in range(at - 1, at + 3)]
-            assert small.sample(episode, at - 1)["loss_mask"].tolist() == want
+            sample, inner = small.sample(episode, at - 1), want[:len(recorded["actions"]) - at + 1]
+            assert sample["loss_mask"].tolist() == want and sample.get("unforeseen", False) != all(inner)
             bumps += 1
-    assert bumps
+    assert bumps and not any("unforeseen" in small.sample(e, facts["frames"] - 1)
+                             for e, facts in enumerate(small.episodes))
 
 
 @pytest.fixture(scope="module")

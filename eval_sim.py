@@ -1,11 +1,14 @@
 r"""
-Closed-loop evaluation, and its default simulator: a tabletop in numpy, no physics engine, no download.
+Closed-loop evaluation, in Meta-World or in its default simulator: a tabletop in numpy, no physics engine.
 
     python eval_sim.py --ckpt runs/cogact-tiny/last                # success per task, intervals, GIF, JSON
     python eval_sim.py --ckpt runs/cogact-tiny/last --families all --episodes 300
     python eval_sim.py --ckpt runs/cogact-tiny/last --control all  # also what must fail: see --help
     python eval_sim.py --replay tabletop                           # recorded actions: the first thing to try
     python eval_sim.py --control expert --body dual --families two # two arms; two goals in one instruction
+    python eval_sim.py --sim metaworld --check                     # what is missing, how to install it
+    python eval_sim.py --sim metaworld --expert --split train --record DIR  # for train.py --data lerobot=DIR
+    python eval_sim.py --sim metaworld --tasks mt50 --ckpt runs/mine/last --workers 4
 
 The tabletop, in one picture (metres; a right-handed frame whose origin lies on the table):
 
@@ -24,18 +27,25 @@ left arm's. The arm on whose side X lies as its goal begins does the work, the o
 Contact is kinematic: fingers push what they touch sideways, close around what is between them, and what they
 let go drops onto what is below. Everything follows from the seed.
 
-Sections: solids and pictures, the world, the expert, episodes, evaluation, command line.
+Sections: solids and pictures, the world, the expert, episodes, Meta-World, evaluation, command line.
 """
+import atexit
 import hashlib
 import importlib
+import json
 import math
 import os
+import pickle
 import platform
 import subprocess
+import sys
 import tempfile
 import time
+import warnings
+from ctypes.util import find_library
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -278,13 +288,13 @@ SPLITS = ("train", "val", "eval", "pretrain", "hard")                 # disjoint
 OTHER = {"left": "right", "right": "left", "": ""}
 
 
-def seeds(split, n, start=0):
+def seeds(split, n, start=0, splits=SPLITS):
     """`n` seeds of a split, from its `start`-th on; seeds of two splits never meet."""
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r}: the tabletop has {', '.join(SPLITS)}.")
+    if split not in splits:
+        raise ValueError(f"split={split!r}: there are {', '.join(splits)}.")
     if not 0 <= start <= start + n <= 1_000_000:
         raise ValueError(f"{n} seeds from {start} on: a split has 1,000,000, numbered from 0.")
-    base = SPLITS.index(split) * 1_000_000
+    base = splits.index(split) * 1_000_000
     return list(range(base + start, base + start + n))
 
 
@@ -343,6 +353,20 @@ class Arm:
         self.tcp, self.rpy, self.gap, self.held = tcp, np.array([0.0, 0.0, yaw]), MAX_GAP, None
 
 
+def _settle(env, who, image_size, **asked):
+    """Set an environment's attributes, each a name or several out of those known; else one ValueError."""
+    for what, (names, known) in asked.items():
+        names = names if isinstance(names, str) else tuple(names)
+        if wrong := [name for name in ((names,) if isinstance(names, str) else names) if name not in known]:
+            raise ValueError(f"{what} {', '.join(map(repr, wrong))}: {who} knows {', '.join(known)}.")
+        setattr(env, what, names)
+    if not env.families:
+        raise ValueError(f"no task family was given; name at least one of {', '.join(asked['families'][1])}.")
+    env.h, env.w = (image_size, image_size) if np.isscalar(image_size) else image_size
+    if min(env.h, env.w) < 1:
+        raise ValueError(f"image_size={image_size}: a picture has at least one pixel.")
+
+
 def _of_arm(name):
     """An attribute of the working arm, as one of the environment."""
     return property(lambda env: getattr(env.arms[env.arm], name),
@@ -374,23 +398,14 @@ class Tabletop:
     whose attributes are the environment's, too; count: steps played.
     """
     tcp, rpy, gap, held = map(_of_arm, ("tcp", "rpy", "gap", "held"))
+    suite, fps, film_every, film_ms = "tabletop", CONTROL_HZ, 1, 1000 // CONTROL_HZ
+    rest = (0, 0.004)            # when all things lie still; by how much [m] one has moved that was touched
 
     def __init__(self, families=DEFAULT_FAMILIES, split="train", views=("third",), image_size=64,
                  embodiment="gripper"):
         arms = len(EMBODIMENTS[embodiment][1]) if embodiment in EMBODIMENTS else 1
-        for names, known, what in ((families, FAMILIES + PAIRS, "families"), ((split,), SPLITS, "split"),
-                                   (views, VIEWS[:1 + arms], "views"),
-                                   ((embodiment,), EMBODIMENTS, "embodiment")):
-            if wrong := [name for name in names if name not in known]:
-                asked = ", ".join(map(repr, wrong))
-                raise ValueError(f"{what} {asked}: the tabletop knows {', '.join(known)}.")
-        self.families, self.split, self.views = tuple(families), split, tuple(views)
-        self.h, self.w = (image_size, image_size) if np.isscalar(image_size) else image_size
-        if not self.families:
-            raise ValueError(f"no task family was given; name at least one of {', '.join(FAMILIES + PAIRS)}.")
-        if min(self.h, self.w) < 1:
-            raise ValueError(f"image_size={image_size}: a picture has at least one pixel.")
-        self.embodiment = embodiment
+        _settle(self, "the tabletop", image_size, families=(families, FAMILIES + PAIRS),
+                split=(split, SPLITS), views=(views, VIEWS[:1 + arms]), embodiment=(embodiment, EMBODIMENTS))
         self.action_dim, self.starts, self.to_sevens = EMBODIMENTS[embodiment]
         self.rng = np.random.default_rng()
 
@@ -482,7 +497,11 @@ class Tabletop:
                 "depth": {v: depth for v, (_, depth, _) in pictures.items()},
                 "intrinsics": {v: c.intrinsics(self.h, self.w) for v, c in cameras.items()},
                 "extrinsics": {v: c.extrinsics() for v, c in cameras.items()},
-                "state": state, "instruction": self.instruction, "embodiment": self.embodiment}
+                "state": state, **self.told()}
+
+    def told(self):
+        """What an observation says in words: instruction, embodiment."""
+        return {"instruction": self.instruction, "embodiment": self.embodiment}
 
     def info(self):
         """success, family, body, names of all things, of X and of Y ("": none), side, steps played."""
@@ -723,6 +742,29 @@ class Tabletop:
         """rgb uint8 (h, w, 3), depth float32 (h, w) [m], owner int16 (h, w) of one view, as from `render`."""
         return render(self.parts(), self.camera(view), h or self.h, w or self.w)
 
+    # -- what else an evaluation asks of a simulator
+    @staticmethod
+    def jobs(families, episodes, split, start=0):
+        """[(seed, family), ...] of the episodes from the split's `start`-th on; the families take turns."""
+        return [(s, families[i % len(families)]) for i, s in enumerate(seeds(split, episodes, start))]
+
+    def expert(self):
+        """See `expert`."""
+        return expert(self)
+
+    def random_action(self, rng):
+        """An action (action_dim,) by chance, per arm within what one step may do."""
+        most = np.array([MAX_DELTA] * 3 + [MAX_TURN] * 3)
+        return np.concatenate([np.append(rng.uniform(-most, most), rng.random() < 0.5) for _ in self.arms])
+
+    def track(self):
+        """Of A0's waypoints: (number of the present goal, the point (3,) whose path they are, of X)."""
+        middle = self.x.at + [0, 0, SHAPES[self.x.shape].height / 2]
+        return self.now, middle, middle
+
+    def close(self):
+        """Nothing is held."""
+
 
 # ---- The expert: one action from the present state, no memory; what a policy must learn to see ------------
 
@@ -898,36 +940,43 @@ def record_episode(seed, families=DEFAULT_FAMILIES, split="train", views=("third
         actions.append(action)
         executed.append(done)
         subtasks.append(subtask)
-        path.append((env.now, env.x.at + [0, 0, SHAPES[env.x.shape].height / 2]))
+        path.append(env.track())
         env.advance(done)
         left -= bool(env.success() or left < AFTER)
-    aspect = env.w / env.h
-    parts = [np.array([at for _, at in part]) for _, part in groupby(path, lambda step: step[0])]
-    points = np.concatenate([_waypoints(part) for part in parts])                           # (N, 5, 3)
-    waypoints = env.third.project(points, 1, aspect) / [aspect, 1]                          # (N, 5, 2)
     return {"images": {v: np.stack(frames[v]) for v in views}, "state": np.array(states, np.float32),
             "actions": np.array(actions, np.float32), "executed": np.array(executed, np.float32),
             "instruction": env.instruction, "family": env.family, "subtasks": subtasks,
-            "waypoints": waypoints.astype(np.float32), "success": env.success(), "seed": seed,
+            "waypoints": waypoints_of(env, path), "success": env.success(), "seed": seed,
             "embodiment": embodiment}
 
 
-def _waypoints(path):
-    """What lies ahead at each step of a path (n, 3): the contact and four points after it, (n, 5, 3)."""
-    moved, n = np.linalg.norm(path - path[0], axis=1) > 0.004, len(path)
-    contact = int(moved.argmax()) if moved.any() else n - 1
-    return path[np.array([np.linspace(max(t, contact), n - 1, 5).round().astype(int) for t in range(n)])]
+def waypoints_of(env, path):
+    """A0's waypoints at each of N steps: (N, 5, 2) float32, in [0, 1] of the third-person picture.
+
+    path: env.track() at each step. The contact, where the goal's X begins to move, and four later points.
+    """
+    points, aspect = [], env.w / env.h
+    for _, part in groupby(path, lambda step: step[0]):
+        _, at, x = zip(*part)
+        n, (first, least) = len(at), env.rest
+        moved = np.linalg.norm(np.subtract(x, x[min(first, n - 1)]), axis=1)[first:] > least
+        contact = first + int(moved.argmax()) if moved.any() else n - 1
+        points += [np.array(at)[np.linspace(max(t, contact), n - 1, 5).round().astype(int)] for t in range(n)]
+    return (env.camera("third").project(points, 1, aspect) / [aspect, 1]).astype(np.float32)
 
 
 def recordings(source, families=DEFAULT_FAMILIES, split="eval", episodes=200, embodiment="gripper"):
-    """(families, split, episode) of up to `episodes` recordings; episode: seed, executed, state, embodiment.
+    """(families, split, episode) of up to `episodes` recordings; episode: seed, executed, state, embodiment;
+    of a set of --record also sim.
 
-    source: "tabletop" (the expert, recorded now), or the folder of a set that data.py made.
+    source: "tabletop" (the expert, recorded now), or the folder of a set that data.py or --record made.
     """
     if source == "tabletop":
         record = partial(record_episode, families=families, split=split, views=(), embodiment=embodiment)
         return ((families, split, record(seed)) for seed in seeds(split, episodes))
-    from data import Episodes                                         # not above: data.py needs this file
+    from data import Episodes, form_of                                # not above: data.py needs this file
+    if form_of(Path(source)) == "lerobot":
+        return _taped(Path(source), episodes)
     made = Episodes(source)
     about = made.made_from
     if about["simulator"] != VERSION:
@@ -938,6 +987,22 @@ def recordings(source, families=DEFAULT_FAMILIES, split="eval", episodes=200, em
             for i in chosen)
 
 
+def _taped(folder, episodes):
+    from common import read_json
+    from data import _optional
+    pq, about = _optional("pyarrow.parquet", folder), folder / "meta" / "recording.json"
+    made_from = read_json(about).get("made_from", {}) if about.is_file() else {}
+    if made_from.get("suite") not in SIMS:
+        raise ValueError(f"{folder}: eval_sim.py --record did not write it, so there are no seeds to lay its "
+                         "scenes out again.")
+    for path in sorted((folder / "data").rglob("*.parquet"))[:episodes]:      # an episode has a file
+        table = pq.read_table(path, columns=["action", "observation.state", "seed", "family"])
+        actions, states, seed, family = (np.array(column.to_pylist()) for column in table.columns)
+        yield (made_from["families"][family[0]],), made_from["split"], {
+            "seed": int(seed[0]), "executed": actions, "state": states, "sim": made_from["suite"],
+            "embodiment": made_from["embodiment"]}
+
+
 def replay(recorded):
     """Play what was executed in a fresh world, and compare: actions, units and states are what they seem.
 
@@ -946,14 +1011,249 @@ def replay(recorded):
     """
     rows, worst = [], 0.0
     for families, split, episode in recorded:
-        env = Tabletop(families, split, (), embodiment=episode["embodiment"])
+        env = SIMS[episode.get("sim", "tabletop")](families, split, (), embodiment=episode["embodiment"])
         env.lay_out(episode["seed"])
-        disturb(env, np.random.default_rng([VERSION, episode["seed"], 1]))
+        if "sim" not in episode:
+            disturb(env, np.random.default_rng([VERSION, episode["seed"], 1]))
         for action, state in zip(episode["executed"], episode["state"]):
             worst = max(worst, float(np.abs(env.observe()["state"] - state).max()))
             env.advance(action)
         rows.append({"task": env.family, "seed": env.seed, "success": env.success()})
+        env.close()
     return rows, worst
+
+
+# ---- Meta-World: 50 tasks of a Sawyer arm, in MuJoCo; optional (pip install -e ".[metaworld]") -------------
+# Action, 4 numbers at 80 Hz, clipped to [-1, 1]: dx dy dz [cm], the gripper's effort (-1 opens, 1 closes).
+# State, 4 numbers: x y z [m] of the hand, the gripper's opening [0 closed .. 1 open]. The hand never turns.
+# Success: the task's own flag, in any of 500 steps; it ends the episode. Views: "third" is the camera
+# corner4, whose picture is upside down, turned by 180 degrees (equal to corner2 moved, which others use);
+# "wrist" is gripperPOV. Spheres in the picture mark goals. Meta-World has no instructions: these are ours.
+
+METAWORLD = {
+    "reach": "move the hand to the goal", "push": "push the puck to the goal",
+    "pick-place": "pick up the puck and move it to the goal",
+    "door-open": "take the handle and open the door",
+    "drawer-open": "slide the drawer open", "drawer-close": "push the drawer shut",
+    "button-press-topdown": "push the button down", "peg-insert-side": "put the peg into the hole",
+    "window-open": "slide the window open", "window-close": "slide the window shut",
+    "assembly": "put the ring on the peg", "basketball": "put the ball into the basket",
+    "bin-picking": "move the block to the other bin", "box-close": "put the lid on the box",
+    "button-press-topdown-wall": "push the button down, over the wall", "button-press": "push the button",
+    "button-press-wall": "push the button, around the wall", "coffee-button": "push the button of the coffee "
+    "machine", "coffee-pull": "move the mug away from the coffee machine",
+    "coffee-push": "push the mug under the coffee machine", "dial-turn": "turn the dial",
+    "disassemble": "take the ring off the peg", "door-close": "push the door shut",
+    "door-lock": "turn the lock to lock the door", "door-unlock": "turn the lock to unlock the door",
+    "hand-insert": "put the hand into the hole", "faucet-open": "turn the faucet on",
+    "faucet-close": "turn the faucet off", "hammer": "take the hammer and hit the nail",
+    "handle-press-side": "push the handle down from the side", "handle-press": "push the handle down",
+    "handle-pull-side": "lift the handle from the side", "handle-pull": "lift the handle",
+    "lever-pull": "lift the lever",
+    "pick-place-wall": "pick up the puck and move it over the wall to the goal",
+    "pick-out-of-hole": "pick up the puck from the hole", "plate-slide": "slide the plate into the goal",
+    "plate-slide-side": "slide the plate to the side into the goal",
+    "plate-slide-back": "slide the plate back out of the goal",
+    "plate-slide-back-side": "slide the plate to the side out of the goal",
+    "peg-unplug-side": "take the peg out of the hole", "soccer": "push the ball into the goal",
+    "stick-push": "take the stick and push the box with it",
+    "stick-pull": "take the stick and pull the box with it",
+    "push-wall": "push the puck around the wall to the goal", "push-back": "push the puck back to the goal",
+    "reach-wall": "move the hand over the wall to the goal", "shelf-place": "put the block on the shelf",
+    "sweep-into": "push the block into the hole", "sweep": "push the block off the table",
+}
+MT10 = tuple(METAWORLD)[:10]     # the benchmarks' names: mt10, mt50
+CAMERAS = {"third": "corner4", "wrist": "gripperPOV"}
+GL = {"egl": "EGL", "osmesa": "OSMesa"}          # MUJOCO_GL: the library it needs; their pictures are equal
+
+
+def import_metaworld():
+    """The modules (metaworld, mujoco). ValueError: they, or what they draw with, cannot be imported."""
+    if platform.system() == "Linux" and "MUJOCO_GL" not in os.environ:     # read at the first import, once
+        os.environ.update({"MUJOCO_GL": gl for gl, name in reversed(GL.items()) if find_library(name)})
+    try:
+        import metaworld.policies
+        import mujoco
+    except (ImportError, AttributeError, RuntimeError) as e:               # the last two: no such GL
+        modules, _, libraries = PARTS["metaworld"]
+        gl = os.environ.get("MUJOCO_GL")
+        gl = f", and for MUJOCO_GL={gl}: {libraries}" if gl else ""
+        raise ValueError(f"Meta-World cannot be imported ({e}): {modules['metaworld']}{gl}.") from e
+    return metaworld, mujoco
+
+
+class MetaWorld:
+    """A task of Meta-World, with the verbs of `Tabletop`, and its arguments.
+
+    embodiment: "sawyer", or "arm": the same one for a method that gives an arm's motion (a0). Its actions are
+    7 at 8 Hz, dx dy dz [m], three angles that nothing heeds, gripper 1 = open; its state is 8, as the
+    tabletop's, of the point between the fingers; depth is seen. fast_render: no shadows, no smooth edges.
+    gripper: "openvla" if actions end as data.py's gripper=openvla makes them, 1 = open, 0 = closed.
+    """
+    suite, film_ms, kept = "metaworld", 100, {}
+    SPLITS, SUBSTEPS = ("eval", "train", "val"), 10
+    max_steps, goals, reached = 500, (), ()
+    rest = (1, 0.010)            # before the first step, Meta-World tells some things' place wrongly
+
+    def __init__(self, families=MT10, split="eval", views=("third",), image_size=224, embodiment="sawyer",
+                 fast_render=False, gripper=""):
+        _settle(self, "Meta-World", image_size, families=(families, METAWORLD), split=(split, self.SPLITS),
+                views=(views, CAMERAS), embodiment=(embodiment, ("sawyer", "arm")),
+                gripper=(gripper, ("", "openvla")))
+        self.fast_render, self.env, self.renderers = fast_render, None, {}
+        self.action_dim, self.fps, self.film_every = (4, 80, 8) if embodiment == "sawyer" else (7, 8, 1)
+
+    @classmethod
+    def jobs(cls, families, episodes, split, start=0):
+        """[(seed, task), ...] of the episodes from `start` on: every task gets the split's first seeds."""
+        n, of = len(families), seeds(split, -(-(start + episodes) // len(families)), 0, cls.SPLITS)
+        return [(of[i // n], families[i % n]) for i in range(start, start + episodes)]
+
+    def lay_out(self, seed, options=None):
+        """Lay out the scene of this seed. (Meta-World's own reset(seed) ignores it.)"""
+        package, mujoco = import_metaworld()
+        self.seed, self.family = seed, (options or {}).get("family") or self.families[0]
+        self.instruction, self.count, self.done, name = METAWORLD[self.family], 0, False, f"{self.family}-v3"
+        kind = package.env_dict.ALL_V3_ENVIRONMENTS[name]
+        kept = self.kept.setdefault((name, self.fast_render), [])
+        self.env, self.renderers = kept.pop() if kept else (kind(), {})
+        self.env.set_task(package.types.Task(name, pickle.dumps(
+            {"env_cls": kind, "rand_vec": None, "partially_observable": False})))
+        self.env._freeze_rand_vec, self.env.seeded_rand_vec = False, True
+        self.env.seed(seed)
+        self.obs = self.env.reset()[0]                                # (39,): now, before, the goal
+        for place in (mujoco.mj_kinematics, mujoco.mj_camlight):      # else the first picture shows some
+            place(self.env.model, self.env.data)                      # things, and the goal, where they were;
+        for site in self.env._target_site_config:                     # mj_forward would change what follows
+            self.env._set_pos_site(*site)
+        self.policy = package.policies.ENV_POLICY_MAP[name]()
+
+    def swap(self):
+        """A control: the instruction of the next task, whose things are not in this scene."""
+        names = list(METAWORLD)
+        self.instruction = METAWORLD[names[(names.index(self.family) + 1) % len(names)]]
+
+    def close(self):
+        """Keep the scene's model for the next episode of this task, of the last 16 tasks what draws it, too
+        (130 MB each)."""
+        key = f"{self.family}-v3", self.fast_render
+        self.kept[key] = [*self.kept.pop(key), (self.env, self.renderers)]
+        for old in list(self.kept)[:-16]:
+            for _, renderers in self.kept[old]:
+                while renderers:
+                    renderers.popitem()[1].close()
+
+    def advance(self, action):
+        """Play one action (4,), or (7,) of the "arm", which takes ten steps."""
+        action = np.asarray(action, np.float32)
+        if action.shape != (self.action_dim,) or not np.isfinite(action).all():
+            found = f"shape {action.shape}" if action.shape != (self.action_dim,) else action.tolist()
+            raise ValueError(f"an action of {found}: this body takes {self.action_dim} finite numbers. (Of a "
+                             f"model: train it with --set action_dim={self.action_dim}.)")
+        if self.embodiment == "arm" or self.gripper:
+            action = np.append(action[:3], 1 - 2 * action[-1])
+        if self.embodiment == "arm":
+            action[:3] /= self.SUBSTEPS * self.env.action_scale
+        for _ in range(self.SUBSTEPS if self.embodiment == "arm" else 1):
+            self.obs, _, _, _, info = self.env.step(np.clip(action, -1, 1, dtype=np.float32))
+            self.count, self.done = self.count + 1, self.done or bool(info["success"])
+            if self.done or self.count >= self.max_steps:
+                break
+
+    def success(self):
+        """Was the task's flag raised, in any step so far?"""
+        return self.done
+
+    def observe(self):
+        """As `Tabletop.observe`; depth only of the "arm"."""
+        tcp, gap = self.env.tcp_center, np.full(2, self.obs[3] * 0.05)
+        state = self.obs[:4] if self.embodiment == "sawyer" else np.concatenate([tcp, np.zeros(3), gap])
+        drawn, cameras = {v: self.picture(v) for v in self.views}, {v: self.camera(v) for v in self.views}
+        return {"images": {v: rgb for v, (rgb, _) in drawn.items()},
+                "depth": {v: depth for v, (_, depth) in drawn.items() if depth is not None},
+                "intrinsics": {v: c.intrinsics(self.h, self.w) for v, c in cameras.items()},
+                "extrinsics": {v: c.extrinsics() for v, c in cameras.items()},
+                "state": state.astype(np.float32), **self.told()}
+
+    def told(self):
+        """What an observation says in words: the instruction."""
+        return {"instruction": self.instruction}
+
+    def camera(self, view):
+        """The Camera of a view, as it stands now, in Meta-World's frame; turned, where its picture is."""
+        i = self.env.model.camera(CAMERAS[view]).id
+        turn = np.array([-1, 1, -1] if view == "third" else [1, -1, -1])       # MuJoCo's: y up, z backwards
+        axes = self.env.data.cam_xmat[i].reshape(3, 3).T * turn[:, None]
+        return Camera(self.env.data.cam_xpos[i], axes, math.radians(self.env.model.cam_fovy[i]))
+
+    def picture(self, view, h=None, w=None):
+        """rgb uint8 (h, w, 3), of the "arm" also depth float32 (h, w) [m], else None. h, w: resized."""
+        _, mujoco = import_metaworld()
+        size, model = (self.h, self.w), self.env.model
+        if size not in self.renderers:
+            shown = model.vis.global_
+            shown.offheight, shown.offwidth = max(shown.offheight, size[0]), max(shown.offwidth, size[1])
+            if self.fast_render:
+                model.vis.quality.shadowsize = model.vis.quality.offsamples = 0
+            try:
+                self.renderers[size] = mujoco.Renderer(model, *size)
+                atexit.register(self.renderers[size].close)           # before what it draws with is closed
+            except (ImportError, AttributeError, RuntimeError, mujoco.FatalError) as e:
+                gl = os.environ.get("MUJOCO_GL")
+                raise ValueError(f"MuJoCo cannot draw, with MUJOCO_GL={gl} ({e}): set it to egl or osmesa, "
+                                 f"and {PARTS['metaworld'][2]}.") from e
+        renderer, drawn = self.renderers[size], []
+        for depth in (False, True) if self.embodiment == "arm" else (False,):
+            (renderer.enable_depth_rendering if depth else renderer.disable_depth_rendering)()
+            renderer.update_scene(self.env.data, camera=CAMERAS[view])
+            if self.fast_render:
+                for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+                    renderer.scene.flags[flag] = False
+            picture = renderer.render()
+            drawn.append(np.ascontiguousarray(picture[::-1, ::-1] if view == "third" else picture))
+        if h:
+            drawn[0] = np.array(Image.fromarray(drawn[0]).resize((w, h)))
+        return (*drawn, None)[:2]
+
+    def expert(self):
+        """Meta-World's scripted expert: (action, clipped to what the arm does; None: it says nothing)."""
+        with warnings.catch_warnings():                               # that it asks for more than is done
+            warnings.simplefilter("ignore")
+            return np.clip(self.policy.get_action(self.obs), -1, 1), None
+
+    def random_action(self, rng):
+        """An action (4,) by chance."""
+        return rng.uniform(-1, 1, 4)
+
+    def track(self):
+        """As `Tabletop.track`: the end effector's point, and the first object's."""
+        return 0, self.env.tcp_center.copy(), self.obs[4:7].copy()
+
+
+SIMS = {"tabletop": Tabletop, "metaworld": MetaWorld}
+# What a simulator consists of: {module: how it is installed}, one of these libraries: how they are.
+_OPENGL = tuple(GL.values()), "apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri (or libosmesa6)"
+_VULKAN = ("vulkan",), "apt-get install libvulkan1 mesa-vulkan-drivers (without a GPU: Mesa 25 or newer)"
+_SIMPLER = "git clone --recurse-submodules https://github.com/simpler-env/SimplerEnv"
+_CALVIN = "git clone --recurse-submodules https://github.com/mees/calvin"
+PARTS = {
+    "tabletop": ({"numpy": "pip install -e ."}, (), ""),
+    "metaworld": (dict.fromkeys(("metaworld", "mujoco", "gymnasium", "packaging"), "pip install "
+                                "metaworld==3.1.1 mujoco==3.3.0 gymnasium==1.4.0 packaging"), *_OPENGL),
+    "libero": (dict.fromkeys(("libero", "robosuite", "bddl"), "pip install hf-libero==0.1.4; the assets: "
+                             "the hub's lerobot/libero-assets into ~/.cache/libero/assets"), *_OPENGL),
+    "simpler": ({"sapien": "pip install sapien==2.2.2 'numpy<2'",
+                 "mani_skill2_real2sim": f"{_SIMPLER} && pip install -e SimplerEnv/ManiSkill2_real2sim",
+                 "simpler_env": f"{_SIMPLER} && pip install -e SimplerEnv"}, *_VULKAN),
+    "calvin": ({"pybullet": "pip install pybullet==3.2.7", "hydra": "pip install hydra-core",
+                "gym": "pip install gym", "quaternion": "pip install numpy-quaternion",
+                "calvin_env": f"{_CALVIN} && pip install -e calvin/calvin_env",
+                "calvin_agent": f"{_CALVIN} && pip install -e calvin/calvin_models"}, (), ""),
+    "maniskill": (dict.fromkeys(("mani_skill", "sapien"), "pip install mani_skill==3.0.1 sapien==3.0.3"),
+                  *_VULKAN),
+}
+PUBLISHED = {"tabletop": "none: a simulator of this project",
+             "metaworld": "none: no paper of the five methods has Meta-World"}
 
 
 # ---- Evaluation: many episodes at once, one batched inference for all that need a chunk -------------------
@@ -977,9 +1277,9 @@ def wilson(k, n, z=1.96):
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def _world(seed, family, split, control, *settings):
+def _world(seed, family, split, control, sim, settings):
     """An environment at the start of an evaluation episode."""
-    env = Tabletop((family,), split, *settings)
+    env = SIMS[sim]((family,), split, **settings)
     env.lay_out(seed)
     if control == "swap":
         env.swap()
@@ -994,118 +1294,257 @@ def _look(env, control):
     return seen
 
 
+class Tape:
+    """What is recorded of an episode while it is played: what was seen and done."""
+
+    def __init__(self, env):
+        self.env, self.seen, self.done, self.path = env, [], [], []
+
+    def add(self, seen, action):
+        """seen: an observation, as from `observe`; action: what is done next."""
+        self.seen.append(seen)
+        self.done.append(np.asarray(action, np.float32))
+        self.path.append(self.env.track())
+
+    def episode(self, families):
+        """What LeRobotWriter.add takes, of N steps: images, actions, state, instruction, and as features
+        waypoints (N, 10), as in a sample; each camera's intrinsics (N, 9), extrinsics (N, 16), as observed;
+        seed (N,) and family (N,), a number in `families`."""
+        def stacked(what, view):
+            return np.stack([seen[what][view] for seen in self.seen])
+        env, n, views = self.env, len(self.done), self.seen[0]["images"]
+        matrices = {f"{view}.{what}": stacked(what, view).reshape(n, -1)
+                    for view in views for what in ("intrinsics", "extrinsics")}
+        return {"images": {view: stacked("images", view) for view in views}, "actions": np.stack(self.done),
+                "state": np.stack([seen["state"] for seen in self.seen]), "instruction": env.instruction,
+                "waypoints": waypoints_of(env, self.path).reshape(n, 10), **matrices,
+                "seed": np.full(n, env.seed), "family": np.full(n, families.index(env.family))}
+
+
 def run_wave(jobs, model, method, split, control="", unnorm_key=None, execute=None, film=None,
-             tick=lambda: None, embodiment="gripper", **act):
+             tick=lambda: None, embodiment="gripper", sim="tabletop", settings={}, tapes=None, **act):
     """Play the episodes `jobs` = [(seed, family), ...] side by side; model None: control random or expert.
 
-    film: a dict that collects the first episode of each family, {family: (instruction, pictures, success)}.
-    tick: called when an episode ends. act: more keywords for model.act. Returns a dict per episode, in the
-    order they end: task, seed, success, steps, instruction (what the policy was told), parse_failed (how many
-    unreadable outputs), seconds (since the wave began: its episodes share the machine). Of a model that says
-    what it does (info["subtasks"]) also said, [right, all]; of two goals: goals, reached (see Tabletop)
-    and, of a model that says when it is done (info["finished"]), finished: asked after the success.
+    film: {number in jobs: []}, each gets its episode's pictures (FILM, FILM, 3). tick: called when an episode
+    ends. sim, settings: which of SIMS, and more of its arguments. tapes: a list that gets every job's Tape.
+    act: more keywords for model.act. Returns a dict per job: task, seed, success, steps, instruction (what
+    the policy was told), parse_failed (how many unreadable outputs). Of a model that says what it does
+    (info["subtasks"]) also said, [right, all]; of two goals: goals, reached (see Tabletop) and, of a model
+    that says when it is done (info["finished"]), finished: asked after the success.
     """
-    begin, most = time.time(), np.array([MAX_DELTA] * 3 + [MAX_TURN] * 3)
-    views, size = ((), 64) if model is None else (model.cfg.views, model.cfg.image_size)
-    envs = [_world(seed, family, split, control, views, size, embodiment) for seed, family in jobs]
+    settings = {"views": (), **settings, "embodiment": embodiment}
+    if model is not None:
+        settings |= {"views": model.cfg.views, "image_size": model.cfg.image_size}
+    envs = [_world(seed, family, split, control, sim, settings) for seed, family in jobs]
     policies = [method.Policy(model, unnorm_key=unnorm_key, execute=execute) for _ in jobs] if model else []
-    chance = [np.random.default_rng([env.seed, 3]) for env in envs]
-    first = {family: i for i, (_, family) in reversed([*enumerate(jobs)])}                  # of each family
-    frames = {i: [] for family, i in first.items() if film is not None and family not in film}
-    rows, failed, said, live = [], [0] * len(envs), [[] for _ in envs], list(range(len(envs)))
+    chance, film = [np.random.default_rng([env.seed, 3]) for env in envs], film or {}
+    if tapes is not None:
+        tapes += [Tape(env) for env in envs]
+    rows, failed, said, live = {}, [0] * len(envs), [[] for _ in envs], list(range(len(envs)))
     while live:
         need = [i for i in live if policies and policies[i].needs_chunk]
-        seen, chunks = {i: _look(envs[i], control) for i in need}, {}
+        seen, chunks = {i: _look(envs[i], control) for i in (need if tapes is None else live)}, {}
         if need:
             out, info = model.act([policies[i].ask(seen[i]) for i in need], unnorm_key=unnorm_key, **act)
             chunks = dict(zip(need, out))                              # (T, A) each
             if any(info.get("subtasks", ())):
                 for i, sentence in zip(need, info["subtasks"]):
-                    said[i].append(sentence == expert(envs[i])[1])
+                    said[i] += [sentence == right for right in [envs[i].expert()[1]] if right is not None]
             for i, bad in zip(need, info.get("parse_failed", [])):
                 failed[i] += bool(bad)
                 policies[i].parse_failed = bool(bad)                   # vla0's averages no such chunk
         for i in list(live):
             env = envs[i]
             if policies:                                              # no picture: its queue is not empty
-                blind = {"instruction": env.instruction, "embodiment": embodiment}
-                action = policies[i].step(seen.get(i, blind), chunks.get(i))
-            elif control == "random":
-                action = np.concatenate([np.append(chance[i].uniform(-most, most), chance[i].random() < 0.5)
-                                         for _ in env.arms])
+                action = policies[i].step(seen.get(i) or env.told(), chunks.get(i))
             else:
-                action = expert(env)[0]
-            if i in frames:
+                action = env.random_action(chance[i]) if control == "random" else env.expert()[0]
+            if i in film and env.count % env.film_every == 0:
                 points = getattr(policies[i], "points", None) if policies else None
-                frames[i].append(with_points(env.picture("third", FILM, FILM)[0], points))
+                film[i].append(with_points(env.picture("third", FILM, FILM)[0], points))
+            if tapes is not None:
+                tapes[i].add(seen[i], action)
             env.advance(action)
             if not env.success() and env.count < env.max_steps:
                 continue
             live.remove(i)
-            rows.append({"task": env.family, "seed": env.seed, "success": env.success(), "steps": env.count,
-                         "instruction": env.instruction, "parse_failed": failed[i],
-                         "seconds": round(time.time() - begin, 2)})
+            rows[i] = {"task": env.family, "seed": env.seed, "success": env.success(), "steps": env.count,
+                       "instruction": env.instruction, "parse_failed": failed[i]}
             if said[i]:
-                rows[-1]["said"] = [sum(said[i]), len(said[i])]
+                rows[i]["said"] = [sum(said[i]), len(said[i])]
             if len(env.goals) > 1:
-                rows[-1] |= {"goals": [goal.family for goal in env.goals], "reached": env.reached}
+                rows[i] |= {"goals": [goal.family for goal in env.goals], "reached": env.reached}
                 if policies and env.success():
                     info = model.act([policies[i].ask(_look(env, control))], unnorm_key=unnorm_key, **act)[1]
-                    rows[-1] |= {"finished": bool(end) for end in info.get("finished", ())}
-            if i in frames:
-                end = [env.picture("third", FILM, FILM)[0]] * 3       # a longer look
-                film[env.family] = (env.instruction, frames[i] + end, env.success())
+                    rows[i] |= {"finished": bool(end) for end in info.get("finished", ())}
+            if i in film:
+                film[i] += [env.picture("third", FILM, FILM)[0]] * 3  # a longer look
+            env.close()
             tick()
+    return [rows[i] for i in range(len(jobs))]
+
+
+def _play(wave, model, method, seed, filmed, record, start, tick=lambda: None, **how):
+    """A wave (number of its first job, jobs) -> its rows, {family: film}, [what LeRobotWriter adds, ...]."""
+    first, jobs = wave
+    if model is not None:
+        import torch
+        torch.manual_seed(seed + first)                               # whoever plays it, and whenever
+    film = {i: [] for i in range(len(jobs)) if first + i in filmed}
+    tapes = [] if record else None
+    rows = run_wave(jobs, model, method, film=film, tapes=tapes, tick=tick, **how)
+    taped = [tape.episode(record) for tape, row in zip(tapes or (), rows) if _counts(row, how["control"])]
+    rows = [{"episode": i, **row} for i, row in enumerate(rows, start + first)]
+    return rows, {jobs[i][1]: np.stack(frames) for i, frames in film.items()}, taped
+
+
+def _counts(row, control):
+    """Is this episode worth recording? A demonstration that fails is not one."""
+    return row["success"] or control != "expert"
+
+
+LOADED = []                      # of a worker process: its model and method
+
+
+def _play_in_worker(load, how, wave):
+    if how["control"] in NO_MODEL:
+        return _play(wave, None, None, **how)
+    LOADED[:] = LOADED or load()
+    return _play(wave, *LOADED, **how)
+
+
+def _journal(path, about, waves):
+    """Cut the journal of an interrupted evaluation `about` the same to its whole waves; return their rows.
+
+    The journal of a finished evaluation, or of another one, is begun anew.
+    """
+    from common import atomic_write
+    rows, about = [], json.dumps(about)
+    if path.is_file():
+        head, *lines = path.read_text(encoding="utf-8").split("\n")[:-1] or [""]     # no torn last line
+        for first, jobs in waves if head == about else ():
+            part = [json.loads(line) for line in lines[first:first + len(jobs)]]
+            rows += part if len(part) == len(jobs) else []
+        rows = [] if len(rows) == sum(len(jobs) for _, jobs in waves) else rows
+    text = "".join(f"{line}\n" for line in [about, *map(json.dumps, rows)])
+    atomic_write(path, lambda part: part.write_text(text, encoding="utf-8"))
     return rows
+
+
+def _write_arrays(arrays, path):
+    with open(path, "wb") as file:                                    # of a name alone, numpy makes another
+        np.savez(file, **arrays)
+
+
+def _play_all(waves, play, about, out, writer, bar):
+    """Play the waves that the journal in `out` lacks: (rows of all, {family: film}).
+
+    play: waves -> what `_play` returns of each, in order; writer: a LeRobotWriter, or None; bar: tqdm's.
+    """
+    from common import atomic_write
+    rows, film, tail = [], {}, _tail(about)
+    if out:
+        journal, reel = out / f"episodes{tail}.jsonl", out / f".film{tail}.npz"
+        rows = _journal(journal, about | {"of": bar.total, "recorded": writer is not None}, waves)
+        if rows and reel.is_file():
+            with np.load(reel) as found:
+                film = dict(found)
+    done = sum(_counts(row, about["control"]) for row in rows)
+    if writer is not None and len(writer) < done:
+        raise ValueError(f"{writer.folder} holds {len(writer)} episodes, of {done} that were recorded before "
+                         f"the interruption. Delete {journal} to begin anew.")
+    for new, reels, episodes in play([wave for wave in waves if wave[0] >= len(rows)]):
+        for done, episode in enumerate(episodes, done + 1):
+            if done > len(writer):
+                writer.add(**episode)
+        rows, film = rows + new, film | reels
+        if out and reels:
+            atomic_write(reel, partial(_write_arrays, film))
+        if out:
+            with open(journal, "a", encoding="utf-8") as file:
+                file.write("".join(f"{json.dumps(row)}\n" for row in new))
+                file.flush()
+                os.fsync(file.fileno())
+        bar.update(len(rows) - bar.n)
+        bar.set_postfix_str(f"{sum(row['success'] for row in rows)} of {len(rows)} succeed")
+    return rows, film
+
+
+def _writer(folder, about, model):
+    from data import LeRobotWriter
+    size = about["settings"].get("image_size", 64) if model is None else model.cfg.image_size
+    if np.any(np.mod(size, 2)):
+        raise ValueError(f"--record: pictures of {size} pixels; a video wants even numbers. Choose others.")
+    fps = SIMS[about["suite"]](about["families"], embodiment=about["embodiment"]).fps
+    made_from = {key: value for key, value in about.items() if key != "made_with"}
+    return LeRobotWriter(folder, fps, f"{about['suite']}, {about['embodiment']}", made_from=made_from)
 
 
 def evaluate(model, method, families=DEFAULT_FAMILIES, episodes=200, split="eval", start=0, batch=64,
              control="", unnorm_key=None, execute=None, seed=0, out=None, progress=True, checkpoint=None,
-             embodiment="gripper", **act):
+             embodiment="gripper", sim="tabletop", settings={}, record=None, workers=0, load=None, **act):
     """Closed-loop success of `model` over `episodes` unseen episodes; `families` take turns.
 
     model, method: a model and its module; may be None with control "random" or "expert". start: the split's
     first episode to play. batch: episodes side by side. control: "swap" (the instruction names something
     else), "blank" (black pictures), "random", "expert". seed: of torch's generator, for the model's noise
-    (which episode gets which depends on `batch`). out: folder for results.json and film.gif (with another
-    body or a control: results-BODY-CONTROL.json). checkpoint: what the results should say of it, as from
-    `origin`. embodiment: one of BODIES; unnorm_key, if not given: with another than the first, or where the
-    model has several statistics, `dataset_name`. act: more keywords for model.act. Returns what results.json
-    holds: success and its interval (Wilson, 95 %), the same for each task, every episode, settings, versions.
-    ValueError, before the first episode, for what does not fit.
+    (which episode gets which depends on `batch`). out: folder for results.json, film.gif and episodes.jsonl
+    (of another simulator, body, control: results-SIM-BODY-CONTROL.json); from the last, an evaluation that
+    was killed goes on, to the same numbers. checkpoint: what the results should say of it, as from `origin`.
+    embodiment: one of BODIES; unnorm_key, if not given: with another than the first, or where the model has
+    several statistics, `dataset_name`. sim: one of SIMS; settings: more of its arguments. record: folder for
+    the episodes as a LeRobot v3.0 set (of the expert's: those that succeed). workers: processes that play,
+    each with the (model, method) that load() gives; 0: this one. act: more keywords for model.act. Returns
+    what results.json holds: success and its interval (Wilson, 95 %), the same for each task, every episode,
+    settings, versions. ValueError, before the first episode, for what does not fit.
     """
     from tqdm import tqdm
-    model, name = None if control in NO_MODEL else model, dataset_name(embodiment)
+    model, world = None if control in NO_MODEL else model, SIMS[sim]
+    settings = {key: x for key, x in settings.items() if key != "gripper" or model is not None}
+    if world is MetaWorld:
+        embodiment = "arm" if model is not None and method.PREDICTS == "waypoints" else "sawyer"
+    name = dataset_name(embodiment) if world is Tabletop else sim
     if unnorm_key is None and model is not None:
         several = len(model.stats or ()) > 1 and name in model.stats
-        unnorm_key = name if embodiment != BODIES[0] or several else None
-    _check(model, method, families, episodes, split, batch, control, unnorm_key, execute, embodiment)
+        unnorm_key = name if embodiment in BODIES[1:] or several else None
+    _check(model, method, families, episodes, split, batch, control, unnorm_key, execute, embodiment, sim,
+           settings)
+    out, record = out and Path(out), record and Path(record)
+    for flag, folder in (("--out", out), ("--record", record)):
+        if folder:
+            claim(folder, flag)
+    execute = execute or model.cfg.execute if model is not None else execute
+    jobs, begin = world.jobs(families, episodes, split, start), time.time()
+    waves = [(i, jobs[i:i + batch]) for i in range(0, episodes, batch)]
+    firsts = {family: i for i, (_, family) in reversed([*enumerate(jobs)])}                 # of each family
+    filmed = sorted(firsts.values())[:10] if out and (model or record or world is Tabletop) else ()
+    about = {"suite": sim, "version": VERSION, "split": split, "families": list(families),
+             "embodiment": embodiment, "control": control, "start": start, "seed": seed, "batch": batch,
+             "execute": execute, "unnorm_key": unnorm_key, "settings": settings, "checkpoint": checkpoint,
+             "made_with": made_with(getattr(model, "device", "cpu"), PARTS[sim][0])}
+    how = dict(seed=seed, filmed=filmed, record=record and list(families), start=start, split=split, sim=sim,
+               control=control, unnorm_key=unnorm_key, execute=execute, embodiment=embodiment,
+               settings=settings, **act)
+    writer = record and _writer(record, about, model)
+    with tqdm(total=episodes, desc=f"episodes ({control})" if control else "episodes",
+              disable=not progress) as bar:
+        def play(waves):
+            if not workers:
+                return (_play(wave, model, method, tick=bar.update, **how) for wave in waves)
+            from data import _in_processes
+            return _in_processes(partial(_play_in_worker, load, how), waves, workers)
+        rows, film = _play_all(waves, play, about, out, writer, bar)
+    if writer:
+        writer.close()
+    results = about | {**summary(rows, families), "seconds": round(time.time() - begin, 1), "episodes": rows,
+                       "published": PUBLISHED[sim]}
     if out:
-        claim(out)
-    if model is not None:
-        import torch
-        torch.manual_seed(seed)
-        execute = execute or model.cfg.execute
-    begin, film, rows = time.time(), {} if out else None, []
-    numbers = {s: i for i, s in enumerate(seeds(split, episodes, start), start)}
-    jobs = [(s, families[i % len(families)]) for i, s in enumerate(numbers)]
-    label = f"episodes ({control})" if control else "episodes"
-    with tqdm(total=episodes, desc=label, disable=not progress) as bar:
-        for i in range(0, episodes, batch):
-            rows += run_wave(jobs[i:i + batch], model, method, split, control, unnorm_key, execute, film,
-                             bar.update, embodiment, **act)
-    rows = [{"episode": numbers[r["seed"]], **r} for r in sorted(rows, key=lambda r: r["seed"])]
-    results = {"suite": "tabletop", "version": VERSION, "split": split, "families": list(families),
-               "embodiment": embodiment, "control": control, "seed": seed, "batch": batch, "execute": execute,
-               "unnorm_key": unnorm_key, **summary(rows, families),
-               "seconds": round(time.time() - begin, 1), "checkpoint": checkpoint,
-               "made_with": made_with(getattr(model, "device", "cpu")), "episodes": rows}
-    if out:
-        save(results, film, Path(out))
+        save(results, film, out)
     return results
 
 
-def _check(model, method, families, episodes, split, batch, control, unnorm_key, execute, embodiment):
+def _check(model, method, families, episodes, split, batch, control, unnorm_key, execute, embodiment, sim,
+           settings):
     """Everything that can be wrong is wrong now, not after the first bar."""
     if control and control not in CONTROLS:
         raise ValueError(f"control={control!r}: choose one of {', '.join(CONTROLS)}.")
@@ -1113,12 +1552,18 @@ def _check(model, method, families, episodes, split, batch, control, unnorm_key,
         raise ValueError("there is no model to evaluate; without one, control is random or expert.")
     if episodes < 1 or batch < 1:
         raise ValueError(f"episodes={episodes}, batch={batch}: both must be at least 1.")
-    if embodiment not in BODIES:
+    if sim == "tabletop" and embodiment not in BODIES:
         raise ValueError(f"embodiment={embodiment!r}: episodes are played by {' or '.join(BODIES)}.")
-    Tabletop(families, split)
+    SIMS[sim](families, split, **settings)
+    if sim == "metaworld":
+        import_metaworld()
+        if episodes % len(families):
+            raise ValueError(f"{episodes} episodes of {len(families)} tasks: give a multiple, so that every "
+                             "task counts the same.")
     if model is not None:
         from common import pick_stats
-        Tabletop(families, split, model.cfg.views, model.cfg.image_size, embodiment)
+        seen = {"views": model.cfg.views, "image_size": model.cfg.image_size}
+        SIMS[sim](families, split, **settings | seen, embodiment=embodiment)
         if method.PREDICTS == "actions":
             pick_stats(model.stats, unnorm_key)
         method.Policy(model, unnorm_key=unnorm_key, execute=execute)
@@ -1162,10 +1607,14 @@ def origin(ckpt):
     return {"path": str(ckpt), "sha256": digest.hexdigest()}
 
 
-def made_with(device):
-    """Versions, commit ("-dirty": changed since; "": not a git checkout) and hardware, for the record."""
+def made_with(device, packages=()):
+    """Versions, commit ("-dirty": changed since; "": not a git checkout) and hardware, for the record.
+
+    packages: names of more of them; of MuJoCo also what it draws with.
+    """
     found = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "numpy", "pillow"):
+    found |= {"MUJOCO_GL": os.environ.get("MUJOCO_GL")} if "mujoco" in packages else {}
+    for name in ("torch", "transformers", "numpy", "pillow", *packages):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -1180,26 +1629,35 @@ def made_with(device):
     return {**found, "commit": commit, "hardware": f"{device}, {platform.machine()}, {os.cpu_count()} cores"}
 
 
-def claim(out):
+def claim(out, flag="--out"):
     """Check that results can be written into `out` before the work, not after it. Leaves nothing behind."""
     folder = out = Path(out)
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     if not folder.is_dir():
-        raise ValueError(f"--out {out}: {folder} is a file; the results need a folder, choose another.")
+        raise ValueError(f"{flag} {out}: {folder} is a file; the results need a folder, choose another.")
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as e:
-        raise ValueError(f"--out {out}: {folder} cannot be written ({e.strerror}); choose another.") from e
+        raise ValueError(f"{flag} {out}: {folder} cannot be written ({e.strerror}); choose another.") from e
+
+
+def _tail(about):
+    """What joins the names of result files: another simulator, another body, the control."""
+    sim = about["suite"] != "tabletop" and about["suite"]
+    body = about["embodiment"] in BODIES[1:] and about["embodiment"]
+    return "".join(f"-{x}" for x in (sim, body, about["control"]) if x)
 
 
 def save(results, film, out):
-    """results.json (whole or absent) and film.gif in `out`; another body and the control join their names."""
+    """results.json (whole or absent) and film.gif in `out`; simulator, body and control join their names."""
     from common import atomic_write, write_json
-    tail = "".join(f"-{x}" for x in (results["embodiment"], results["control"]) if x not in ("", BODIES[0]))
+    tail = _tail(results)
     try:
         write_json(out / f"results{tail}.json", results)
-        atomic_write(out / f"film{tail}.gif", lambda part: write_film(film, part))
+        if film:
+            atomic_write(out / f"film{tail}.gif", lambda part: write_film(film, results, part))
+        (out / f".film{tail}.npz").unlink(missing_ok=True)
     except OSError:
         print_table(results)                                          # a full disk: the numbers are not lost
         raise
@@ -1219,17 +1677,20 @@ def with_points(picture, points):
     return np.asarray(page)
 
 
-def write_film(film, path):
-    """One GIF at the control rate: an episode of each family side by side, with its instruction.
+def write_film(film, results, path):
+    """One GIF: an episode of each family side by side, with its instruction, in the simulator's own time.
 
-    film: {family: (instruction, list of uint8 (FILM, FILM, 3), success)}.
+    film: {family: uint8 (n, FILM, FILM, 3)}; results: where its first episode is found.
     """
-    film = {family: film[family] for family in FAMILIES + PAIRS if family in film}
-    length = max(len(frames) for _, frames, _ in film.values())
+    world, told = SIMS[results["suite"]], {}
+    for row in results["episodes"]:
+        told.setdefault(row["task"], (row["instruction"], row["success"]))
+    film = {family: (*told[family], film[family]) for family in results["families"] if family in film}
+    length = max(len(frames) for *_, frames in film.values())
     pages = []
     for k in range(length):
         page = Image.new("RGB", ((FILM + 4) * len(film), FILM + 30), "white")
-        for j, (instruction, frames, success) in enumerate(film.values()):
+        for j, (instruction, success, frames) in enumerate(film.values()):
             page.paste(Image.fromarray(frames[min(k, len(frames) - 1)]), ((FILM + 4) * j, 0))
             words = instruction.split()
             half = (len(words) + 1) // 2 if len(instruction) > 30 else len(words)
@@ -1237,19 +1698,22 @@ def write_film(film, path):
             text += " [done]" if success and k >= len(frames) - 3 else ""
             ImageDraw.Draw(page).multiline_text(((FILM + 4) * j + 2, FILM + 1), text, fill="black", spacing=1)
         pages.append(page.quantize(64))
-    pages[0].save(path, "GIF", save_all=True, append_images=pages[1:], duration=1000 // CONTROL_HZ, loop=0)
+    pages[0].save(path, "GIF", save_all=True, append_images=pages[1:], duration=world.film_ms, loop=0)
 
 
 def print_table(results):
     """The results of `evaluate`, a line per task family."""
-    control = f", body {results['embodiment']}" if results["embodiment"] != BODIES[0] else ""
+    control = f", body {results['embodiment']}" if results["embodiment"] in BODIES[1:] else ""
     control += f", control: {results['control']}" if results["control"] else ""
-    print(f"\n{'task':<8} {'success':>8} {'95 % interval':>16} {'episodes':>9}   "
-          f"tabletop, split {results['split']}{control}")
+    wide = max(8, *map(len, results["tasks"]))
+    print(f"\n{'task':<{wide}} {'success':>8} {'95 % interval':>16} {'episodes':>9}   "
+          f"{results['suite']}, split {results['split']}{control}")
     rows = [*results["tasks"].items(), ("mean", results | {"episodes": len(results["episodes"])})]
     for name, r in rows:
         low, high = r["interval"]
-        print(f"{name:<8} {r['success']:>7.1%} {f'{low:.1%} .. {high:.1%}':>16} {r['episodes']:>9}")
+        print(f"{name:<{wide}} {r['success']:>7.1%} {f'{low:.1%} .. {high:.1%}':>16} {r['episodes']:>9}")
+    if results["suite"] != "tabletop":
+        print(f"published: {results['published']}")
     print(f"mean steps {results['mean_steps']}, {results['seconds']} s"
           + (f", {results['parse_failed']} unreadable outputs" if results["parse_failed"] else "")
           + (f", sub-tasks right {results['subtasks_right']:.1%}" if "subtasks_right" in results else ""))
@@ -1271,18 +1735,34 @@ def flags():
     what.add_argument("--control", choices=(*CONTROLS, "all"),
                       help="swap: instruction of another object; blank: black pictures; random: random "
                            "actions; expert: the scripted one; all: plain, then swap, blank and random")
+    what.add_argument("--expert", action="store_true", help="as --control expert")
     what.add_argument("--replay", metavar="SET", help="play recorded actions in a fresh world and compare: "
-                      "tabletop (the expert, recorded now), or a folder that data.py made")
+                      "tabletop (the expert, recorded now), a folder that data.py made, or one of --record")
+    what.add_argument("--check", action="store_true", help="is the simulator there? Versions, what is "
+                      "missing and how it is installed; one picture, a few steps")
 
     sim = p.add_argument_group("simulator")
-    sim.add_argument("--sim", choices=("tabletop",), default="tabletop", help="which simulator")
-    sim.add_argument("--families", help=f"all, or some of {','.join(FAMILIES + PAIRS)} (default: "
-                     f"{','.join(DEFAULT_FAMILIES)}; all: the six of one goal)")
+    sim.add_argument("--sim", choices=PARTS, default="tabletop", help="which simulator (default: tabletop; "
+                     f"played are {' and '.join(SIMS)}, of the others --check finds the parts)")
+    sim.add_argument("--families", "--tasks", dest="families", help="tabletop: all, or some of "
+                     f"{','.join(FAMILIES + PAIRS)} (default: {','.join(DEFAULT_FAMILIES)}; all: the six of "
+                     "one goal). metaworld: mt10 (default), mt50, or names, as reach,door-open")
     sim.add_argument("--body", choices=BODIES, help="gripper (default): one arm; dual: two")
     sim.add_argument("--split", choices=SPLITS, help="eval (default): unseen scenes; hard: also unseen "
-                     "colour-shape pairs, phrasings and camera pose")
-    sim.add_argument("--episodes", type=within(1, 10**6), default=200, help="how many (default: 200)")
-    sim.add_argument("--batch", type=within(1), help="episodes played side by side (default: 64)")
+                     "colour-shape pairs, phrasings and camera pose; metaworld: eval, train, val")
+    sim.add_argument("--episodes", type=within(1, 10**6), help="how many in all (default: 200; metaworld: 10 "
+                     "per task)")
+    sim.add_argument("--batch", type=within(1), help="episodes played side by side (default: 64; metaworld: "
+                     "10)")
+    sim.add_argument("--workers", type=within(1), help="processes that play (default: only this one); the "
+                     "numbers are those of one")
+    sim.add_argument("--fast-render", action="store_true", default=None, help="metaworld: no shadows, no "
+                     "smooth edges, eight times as fast; not the official pictures")
+    sim.add_argument("--gripper", choices=("openvla",), help="metaworld: of a model trained with --data "
+                     "lerobot=DIR,gripper=openvla (1 = open, 0 = closed)")
+    sim.add_argument("--views", help="cameras that are recorded without a model (default: third)")
+    sim.add_argument("--image-size", type=within(2), help="their pixels per side (default: tabletop 64, "
+                     "metaworld 224)")
 
     policy = p.add_argument_group("policy")
     policy.add_argument("--unnorm-key", help="whose action statistics to use; needed if there are several")
@@ -1295,6 +1775,8 @@ def flags():
     output = p.add_argument_group("output")
     output.add_argument("--out", type=Path, help="folder for results.json and film.gif (default: CKPT/eval, "
                         "or ./eval when CKPT is no folder)")
+    output.add_argument("--record", metavar="DIR", type=Path, help="write the episodes as a LeRobot v3.0 "
+                        "set, for train.py --data lerobot=DIR (of the expert: those that succeed)")
     return p
 
 
@@ -1302,22 +1784,46 @@ def parse(argv=None):
     """Flags -> checked arguments. One that the run would ignore is an error."""
     a = flags().parse_args(argv)
     policy = ("model", "preset", "unnorm_key", "execute", "tokenizer", "seed", "device", "attn")
-    if a.replay:
-        run, idle = f"--replay {a.replay}", ("ckpt", "control", "batch", "out", *policy)
-        idle += () if a.replay == "tabletop" else ("families", "split", "body")
+    a.control = "expert" if a.expert and not a.control else a.control
+    if a.expert and a.control != "expert":
+        raise ValueError(f"--expert and --control {a.control}: give one of them.")
+    plays, drawn = ("ckpt", "control", "batch", "record", "workers", *policy), ("views", "image_size")
+    idle = [(f"--sim {a.sim}", ("fast_render", "gripper") if a.sim == "tabletop" else ("body",))]
+    if a.check:
+        idle += [("--check", (*plays, "replay", "families", "split", "body", "episodes", "views", "gripper"))]
+    elif a.replay:
+        chosen = () if a.replay == "tabletop" else ("families", "split", "body")
+        idle += [(f"--replay {a.replay}", (*plays, "out", "fast_render", "gripper", *drawn, *chosen))]
+    elif a.control in NO_MODEL:
+        idle += [(f"--control {a.control}", ("gripper", *policy, *(() if a.record else drawn)))]
     else:
-        run, idle = f"--control {a.control}", policy if a.control in NO_MODEL else ()
-    for name in idle:
-        if getattr(a, name) is not None:
-            raise ValueError(f"{run} has no use for --{name.replace('_', '-')}; leave it out.")
-    if not (a.ckpt or a.replay or a.control in NO_MODEL):
-        raise ValueError("--ckpt is missing: which checkpoint should be evaluated? (Only --replay and "
-                         f"--control {' or '.join(NO_MODEL)} need none.)")
-    for name, default in (("split", "eval"), ("batch", 64), ("seed", 0), ("device", "auto"), ("attn", "auto"),
-                          ("control", ""), ("families", ",".join(DEFAULT_FAMILIES)), ("body", BODIES[0])):
+        idle += [("an evaluation of --ckpt", drawn), ("--control all", ("record",) * (a.control == "all"))]
+    for run, names in idle:
+        if given := [name for name in names if getattr(a, name) is not None]:
+            raise ValueError(f"{run} has no use for --{given[0].replace('_', '-')}; leave it out.")
+    if a.sim not in SIMS and not a.check:
+        raise ValueError(f"--sim {a.sim}: only its parts can be checked (--check); played are "
+                         f"{' and '.join(SIMS)}.")
+    if not (a.ckpt or a.replay or a.check or a.control in NO_MODEL):
+        raise ValueError("--ckpt is missing: which checkpoint should be evaluated? (Only --replay, --check "
+                         f"and --control {' or '.join(NO_MODEL)} need none.)")
+    tabletop = a.sim == "tabletop"
+    for name, default in (("split", "eval"), ("batch", 64 if tabletop else 10), ("seed", 0),
+                          ("device", "auto"), ("attn", "auto"), ("control", ""), ("workers", 0),
+                          ("families", ",".join(DEFAULT_FAMILIES) if tabletop else "mt10"),
+                          ("body", BODIES[0])):
         setattr(a, name, default if getattr(a, name) is None else getattr(a, name))
-    a.families = FAMILIES if a.families == "all" else tuple(dict.fromkeys(a.families.split(",")))
-    Tabletop(a.families, a.split)                                     # an unknown family is an error here
+    sets = {"all": FAMILIES} if tabletop else {"mt10": MT10, "mt50": tuple(METAWORLD)}
+    a.families = sets.get(a.families) or tuple(
+        dict.fromkeys(name if tabletop else name.removesuffix("-v3") for name in a.families.split(",")))
+    a.episodes = a.episodes or (200 if tabletop else 10 * len(a.families))
+    given = {"views": a.views and tuple(a.views.split(",")), "image_size": a.image_size,
+             "fast_render": a.fast_render, "gripper": a.gripper}
+    if a.record and a.control in NO_MODEL:
+        given |= {"views": given["views"] or ("third",)}
+    a.settings = {name: value for name, value in given.items() if value is not None}
+    if a.sim in SIMS:
+        SIMS[a.sim](a.families, a.split, **a.settings)                # an unknown family is an error here
     return a
 
 
@@ -1341,8 +1847,46 @@ def load(a, method):
     return model
 
 
+def reload(argv):
+    """What a worker process evaluates: (model, method), loaded anew from the same flags."""
+    a = parse(argv)
+    method = find_method(a.ckpt, a.model)
+    return load(a, method), method
+
+
+def check(a):
+    """Print what the simulator of --sim consists of, and let it draw and move. Returns the exit code."""
+    modules, libraries, how = PARTS[a.sim]
+    missing = {module: told for module, told in modules.items() if find_spec(module) is None}
+    if libraries and not any(map(find_library, libraries)):
+        missing[" or ".join(f"lib{name}" for name in libraries)] = how
+    if a.sim == "metaworld" and not missing:
+        import_metaworld()                                            # it chooses MUJOCO_GL
+    for part, told in missing.items():
+        print(f"missing {part}: {told}")
+    names = packages_distributions()                                  # PIL is Pillow's
+    there = [names.get(module, [module])[0] for module in modules if module not in missing]
+    for name, found in made_with("cpu", there).items():
+        print(f"{name} {found}")
+    if missing or a.sim not in SIMS:
+        print(f"{a.sim}: {len(missing)} parts are missing" + "; it has no driver here" * (a.sim not in SIMS))
+        return int(bool(missing))
+    claim(out := a.out or Path())
+    out.mkdir(parents=True, exist_ok=True)
+    path, env, begin = out / f"check-{a.sim}.png", SIMS[a.sim](**a.settings), time.time()
+    env.lay_out(seed := env.jobs(env.families, 1, "eval")[0][0])
+    Image.fromarray(env.picture("third")[0]).save(path)
+    while env.count < 20 and not env.success():
+        env.advance(env.expert()[0])
+    print(f"{a.sim}, seed {seed}, {env.instruction!r}: built, drawn ({path}), {env.count} steps played: "
+          f"{time.time() - begin:.1f} s")
+    return 0
+
+
 def main(argv=None):
     a = parse(argv)
+    if a.check:
+        return check(a)
     if a.replay:
         from tqdm import tqdm
         recorded = recordings(a.replay, a.families, a.split, a.episodes, a.body)
@@ -1355,14 +1899,17 @@ def main(argv=None):
     claim(out)
     model = None if a.control in NO_MODEL else load(a, method)
     checkpoint = None if model is None else origin(a.ckpt)
-    print(f"{a.episodes} episodes of {', '.join(a.families)}; body {a.body}; split {a.split}; {a.batch} side "
-          "by side")
+    tasks = ", ".join(a.families) if len(a.families) < 11 else f"{len(a.families)} tasks"
+    print(f"{a.episodes} episodes of {tasks}; "
+          + (f"body {a.body}; " if a.sim == "tabletop" else f"{a.sim}; ")
+          + f"split {a.split}; {a.batch} side by side" + f", in {a.workers} processes" * bool(a.workers))
     for control in ("", "swap", "blank", "random") if a.control == "all" else (a.control,):
         results = evaluate(model, method, a.families, a.episodes, a.split, 0, a.batch, control, a.unnorm_key,
                            a.execute, a.seed, out, checkpoint=None if control in NO_MODEL else checkpoint,
-                           embodiment=a.body)
+                           embodiment=a.body, sim=a.sim, settings=a.settings, record=a.record,
+                           workers=a.workers, load=partial(reload, argv or sys.argv[1:]))
         print_table(results)
-    print(f"results and film in {out}")
+    print(f"results and film in {out}" + f", the recording in {a.record}" * bool(a.record))
 
 
 if __name__ == "__main__":

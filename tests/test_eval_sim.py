@@ -401,7 +401,8 @@ def test_random_policy_fails_and_expert_passes(tmp_path, capsys):
     random = eval_sim.evaluate(None, None, FAMILIES, 24, control="random", progress=False)
     best = eval_sim.evaluate(None, None, FAMILIES, 12, control="expert", out=tmp_path / "new", progress=False)
     assert random["success"] <= 0.1 and best["success"] == 1.0
-    assert sorted(f.name for f in (tmp_path / "new").iterdir()) == ["film-expert.gif", "results-expert.json"]
+    assert sorted(f.name for f in (tmp_path / "new").iterdir()) == [
+        "episodes-expert.jsonl", "film-expert.gif", "results-expert.json"]
     with Image.open(tmp_path / "new" / "film-expert.gif") as film:          # six pictures side by side, 5 Hz
         assert film.size == (6 * 196, 222) and film.n_frames > 20 and film.info["duration"] == 200
     eval_sim.print_table(best)
@@ -414,7 +415,7 @@ def test_results_hold_every_episode_an_interval_per_rate_and_where_they_come_fro
     assert (results["suite"], results["split"], results["version"]) == ("tabletop", "eval", eval_sim.VERSION)
     assert [(e["episode"], e["seed"], e["task"]) for e in results["episodes"]] == [
         (7, 2_000_007, "pick"), (8, 2_000_008, "put"), (9, 2_000_009, "pick")]
-    assert {"success", "steps", "seconds", "instruction", "parse_failed"} <= set(results["episodes"][0])
+    assert {"success", "steps", "instruction", "parse_failed"} <= set(results["episodes"][0])
     assert results["interval"] == list(eval_sim.wilson(3, 3))
     of_two = list(eval_sim.wilson(2, 2))
     assert results["tasks"]["pick"] == {"success": 1.0, "interval": of_two, "episodes": 2}
@@ -426,7 +427,8 @@ def test_numbers_are_shown_even_when_they_cannot_be_written(tmp_path, capsys):
     with pytest.raises(OSError, match="results-expert.json"):
         eval_sim.evaluate(None, None, ("pick",), 1, control="expert", out=tmp_path, progress=False)
     assert "100.0%" in capsys.readouterr().out
-    assert [f.name for f in tmp_path.iterdir()] == ["results-expert.json"]  # no half of another
+    assert sorted(f.name for f in tmp_path.iterdir() if f.name[0] != ".") == [
+        "episodes-expert.jsonl", "results-expert.json"]                     # no half of another
 
 
 # A method is its module: Policy and model.act are all that the evaluation needs. This one only ever rises.
@@ -505,7 +507,7 @@ def test_a_body_has_its_own_statistics_and_sub_tasks_and_order_are_counted(tmp_p
     assert {key for _, key, _ in model.asked} == {"tabletop_dual"} and results["embodiment"] == "dual"
     assert all(o["embodiment"] == "dual" and o["state"].shape == (16,) for seen, *_ in model.asked for o in seen)
     assert results["subtasks_right"] == 1 and results["goals"] == {"first": 0, "both": 0, "in_order": 0}
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["film-dual.gif", "results-dual.json"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["episodes-dual.jsonl", "film-dual.gif", "results-dual.json"]
     eval_sim.print_table(results)
     assert "body dual" in (out := capsys.readouterr().out) and "sub-tasks right 100.0%" in out
     eval_sim.evaluate(one := Narrator(), SimpleNamespace(Policy=Half, PREDICTS="actions"), ("pick",), 1,
@@ -708,6 +710,21 @@ def test_trunk_learns_what_the_scene_says(trunk):
     env = Tabletop(FAMILIES, "pretrain", (), 64)
     env.lay_out(seeds("pretrain", 1)[0])
     assert {t.colour or t.shape for t in env.things} & colours and "nothing" in colours
-    for text, task, row, counts in asked:
+    for text, task, row, counts, names, body in asked:
         assert text and 0 <= task < 2 * len(trunk.TASKS) and row.shape == counts.shape == (trunk.ANSWERS,)
-        assert any(t.name in text for t in env.things)
+        assert any(t.name in text for t in env.things) and names[0] in text and body == ("gripper", 0)
+
+
+@pytest.mark.parametrize("name", eval_sim.BODIES)
+def test_trunk_strides_lead_straight_to_the_thing(trunk, name):
+    arms = set()
+    for seed in seeds("pretrain", 4):
+        for _, _, row, _, _, body in trunk.scene(seed, 64, 8, name)[3]:
+            chunk = trunk.strides(row, "x", 40, *body).reshape(40, -1, 7)
+            mine, others = chunk[:, body[1]], np.delete(chunk, body[1], 1)
+            way = (row[trunk.COLUMNS["x"]] - row[trunk.COLUMNS["gripper"]]) * trunk.SCALE
+            np.testing.assert_allclose(mine[:, :3].sum(0), way, atol=1e-6)
+            assert np.hypot(*mine[:, :2].T).max() < trunk.STRIDE + 1e-6 > np.abs(mine[:, 2]).max()
+            assert not others[..., :6].any() and (others[..., 6] == 1).all()
+            arms.add(body[1])
+    assert len(arms) == len(eval_sim.EMBODIMENTS[name][1])

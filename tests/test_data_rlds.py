@@ -70,6 +70,13 @@ def test_every_field_of_a_set_that_tensorflow_datasets_wrote(name):
     assert found.stats[name]["action"]["mask"] == [True] * 6 + [False]
 
 
+def test_language_tables_text_is_code_points_and_its_gripper_stays_open():
+    found, sample = reader("language_table"), reader("language_table")[1]
+    assert found.tasks == ["do 0, language_table"] == [sample["instruction"]]
+    assert np.array_equal(sample["actions"][0], [1, 1.125, 0, 0, 0, 0, 1])
+    assert np.array_equal(sample["state"], [1, 1.125, 0, 0, 0, 0, 0, 0])
+
+
 def test_trap_15_bridge_drops_its_first_step_and_is_relabelled():
     found = reader("bridge_orig", views=("third", "side"))
     for i in range(3):
@@ -269,7 +276,7 @@ def test_a_mixture_reads_its_sets_with_their_weights(tmp_path, capsys):
     assert len(found) == 9 + 8 and [*data.dataset_statistics(found)] == ["bridge_orig", "fractal20220817_data"]
     said = capsys.readouterr().err
     assert "52.9% bridge_orig, 47.1% fractal20220817_data" in said and "JPEG=" in said
-    for name, said in (("oxe_magic_soup", "20 of 23 sets are not there: taco_play, "),
+    for name, said in (("oxe_magic_soup", "19 of 23 sets are not there: taco_play, "),
                        ("bridg", "did you mean 'bridge'")):
         with pytest.raises(ValueError, match=said):
             data.open_dataset(f"rlds={FIXTURE},mixture={name}", **wanted)

@@ -554,8 +554,8 @@ class Fast:
         text = "".join(map(chr, np.maximum(integers - self.low, 0).astype(int).ravel()))
         codes = self.bpe.encode(text, add_special_tokens=False).ids
         if self.bpe.decode(codes) != text:
-            raise ValueError("the FAST vocabulary is too small, it lacks a coefficient of this chunk: fit "
-                             "one on data like yours (python examples/action_tokens.py).")
+            raise ValueError("the FAST vocabulary is too small, it lacks a coefficient of this chunk: set "
+                             "fast=fit, or make one of such data (python examples/action_tokens.py).")
         return codes
 
     def coefficients(self, codes):

@@ -623,7 +623,7 @@ def test_options_and_paths_that_are_not_there(processed, tmp_path):
 
 
 def small(**config):
-    return x0.configure(x0.PRESETS["tiny"], **{"views": VIEWS, "horizon": 8, "fast_min": -30, **config})
+    return x0.configure(x0.PRESETS["tiny"], **{"views": VIEWS, "horizon": 8, "fast_min": -30, "fast": "fit", **config})
 
 
 @agilex

@@ -11,8 +11,13 @@ Drive a robot over HTTP: load a checkpoint, take pictures and an instruction, an
     POST /v1/stream {the same, mode "chunk"} -> lines of JSON: {"action": [A numbers]} as each one is decoded
                     (VLA-0; else all at the end), then {"infer_ms": number}, or {"error": line}: then stop
     POST /v1/reset  {"session"?: str}: forget the session's past. Call it before every episode in mode "step".
+    POST /v1/ask    {"question", "ability", "image"}: RoboBrain-X0 points, boxes or traces in a picture
+    POST /v1/sim    {"family"?, "seed"?, "body"?, "sim"?: one to replace}: a scene of eval_sim's tabletop
+    POST /v1/sim/step   {"sim", "instruction"?, "unnorm_key"?}: the policy plays one step of it
     GET  /v1/info   method, horizon, action_dim, views and their sizes, norm keys, ...
     GET  /healthz   200: the model is loaded and has answered once (before that, nothing listens on the port)
+    GET  /metrics   latency, queue, errors, failed predictions, sessions: Prometheus' text form
+    GET  /          a page for people: try a picture, watch the tabletop (assets/index.html, all in one file)
 
 Mode "chunk" (the default) keeps nothing: the next T actions, of which the client plays as many as it likes.
 Mode "step" (the default with --execute k): one action, T = 1, of the session's own Policy (queue, ensemble).
@@ -20,6 +25,9 @@ Units and conventions (frame, rotation, gripper) are those of the dataset `unnor
 4xx, ours 5xx, always {"error": "one line"}; a robot never receives NaN. A method that predicts points (a0)
 answers "waypoints", [[u, v], ... T rows] in [0, 1] of the picture, instead of "actions", in mode "chunk"
 only: motion needs depth and the camera's matrices, and is made beside the robot, by a0.Policy.
+
+Requests that wait while the model is busy are then asked together (--batch), in the order in which they came;
+a lone robot waits for nobody. On SIGTERM whatever was begun is answered, what comes later is refused (503).
 
 --wire NAME[,NAME] answers clients of other projects as well, at the paths that they know (table WIRES). What
 they call their cameras is matched to the model's views by name, else by kind: wrist, left or right wrist,
@@ -31,6 +39,7 @@ and a token: http://robot:TOKEN@HOST:8000. What is wrong is 4xx, in sockets an e
 import asyncio
 import base64
 import difflib
+import hashlib
 import hmac
 import importlib.util
 import inspect
@@ -39,6 +48,7 @@ import ipaddress
 import json
 import math
 import re
+import secrets
 import socket
 import struct
 import sys
@@ -46,17 +56,21 @@ import threading
 import time
 import traceback
 import zlib
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
+from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from http import HTTPStatus
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from queue import SimpleQueue
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
 
 from common import Parser, choose, cli, device, is_text, pick_stats, within
-from eval_sim import find_method
+from eval_sim import BODIES, EMBODIMENTS, FAMILIES, PAIRS, Tabletop, dataset_name, find_method, seeds
 
 MAX_BODY = 32 * 2**20          # bytes of one request
 MAX_IMAGES = 8
@@ -64,8 +78,10 @@ MAX_SIDE = 4096                # pixels of an image, read from its header before
 MAX_TEXT = 2000                # characters of the instruction, and of every other text but images
 MAX_STATE = 1000               # numbers
 MAX_SESSIONS = 64              # the session unused for longest is forgotten first
+MAX_SIMS = 8                   # simulators: likewise
 BODY_SECONDS = 30              # that a client has to send its request
 SESSION_SECONDS = 3600         # without a request, until a session is forgotten
+DRAIN_SECONDS = 25             # after SIGTERM, to answer what was begun
 JSON_NAMES = {str: "a string", dict: "an object", list: "a list", bool: "true or false", int: "a number",
               float: "a number", type(None): "nothing", np.ndarray: "an array"}
 # what Pillow raises on torn and hostile files
@@ -82,10 +98,10 @@ class Refused(Exception):
 
 # ---- Reading a request: everything is checked here, then trusted -------------------------------------------
 
-def parse(raw, fields, more=False, hook=None):
+def parse(raw, fields, more=False, hook=None, long=()):
     """The bytes of a request -> a dict. fields: {name: JSON kind of its value} of what may be in it.
 
-    more: other fields may be there too, of any kind; hook: json's object_hook.
+    more: other fields may be there too, of any kind; hook: json's object_hook; long: texts of any length.
     """
     try:
         body = json.loads(raw, object_hook=hook)
@@ -104,7 +120,7 @@ def parse(raw, fields, more=False, hook=None):
         if not isinstance(value, fields[name]):
             found = JSON_NAMES[type(value)]
             raise Refused(400, f'"{name}" must be {JSON_NAMES[fields[name]]}, found {found}.')
-        if isinstance(value, str) and len(value) > MAX_TEXT:
+        if isinstance(value, str) and name not in long and len(value) > MAX_TEXT:
             raise Refused(413, f'"{name}" has {len(value):,} characters, at most {MAX_TEXT} are taken.')
     return body
 
@@ -222,15 +238,55 @@ class Asked(NamedTuple):
     session: object = None             # the connection's; None: HTTP has none, see `?session=`
 
 
-# ---- The service: one model, one lock, one Policy per session ----------------------------------------------
+# ---- The service: one model in its own thread, one Policy per session --------------------------------------
+
+@dataclass(eq=False)
+class Job:
+    """What waits for the model. work: a generator (Service.play, or `once`); its future gets (*what that
+    returns, milliseconds). alike: jobs equal in this may be asked together, but no two of one session."""
+    work: object
+    alike: object = None
+    session: object = None
+    future: Future = field(default_factory=Future)
+
+    def joins(self, jobs):
+        """May it be asked together with these, which wait before it?"""
+        own = self.session is not None and any(self.session == job.session for job in jobs)
+        return self.alike is not None and self.alike == jobs[0].alike and not own
+
+
+def once(function):
+    """A generator that asks nothing, and returns (function(),)."""
+    return (function(),)
+    yield
+
+
+class Times:
+    """Milliseconds of the newest 10,000 calls, and the number and sum of all."""
+
+    def __init__(self):
+        self.newest, self.count, self.sum = deque(maxlen=10_000), 0, 0.0
+
+    def since(self, start):
+        """Add the time since `start` (of time.perf_counter)."""
+        ms = 1000 * (time.perf_counter() - start)
+        self.newest.append(ms)
+        self.count, self.sum = self.count + 1, self.sum + ms
+
+
+def idle(known):
+    """Seconds since the first of an OrderedDict, whose values end with that time, was used."""
+    return time.monotonic() - next(iter(known.values()))[-1]
+
 
 class Service:
-    """What the routes do, apart from HTTP. The model has answered once when __init__ returns."""
+    """What the routes do, apart from HTTP. The model has answered once when __init__ returns; `run` is its
+    thread, which begins and ends with the server."""
 
-    def __init__(self, model, unnorm_key=None, execute=None, checkpoint="", wire=(), official=False,
+    def __init__(self, model, unnorm_key=None, execute=None, checkpoint="", wire=(), official=False, batch=8,
                  **options):
         self.model, self.cfg, self.options = model.eval(), model.cfg, options
-        self.wire, self.official, self.asked_key = wire, official, unnorm_key
+        self.wire, self.official, self.asked_key, self.batch = wire, official, unnorm_key, batch
         self.method = importlib.import_module(type(model).__module__)
         self.points = self.method.PREDICTS != "actions"                      # no robot's units
         if self.points and (unnorm_key or execute):
@@ -244,8 +300,12 @@ class Service:
         if unnorm_key is None and len(model.stats) == 1 and not self.points:
             unnorm_key, = model.stats
         self.unnorm_key, self.execute = unnorm_key, execute
-        self.lock, self.times = threading.Lock(), deque(maxlen=10_000)       # milliseconds
+        self.waiting, self.came, self.stopped = deque(), threading.Condition(), False
+        self.draining, self.under_way = False, 0     # SIGTERM came; requests that are not answered yet
+        self.times = {"": Times()}                   # of paths: from request to answer; "": of the model
+        self.asked, self.errors, self.flaws = 0, Counter(), Counter()        # observations, statuses, kinds
         self.sessions = OrderedDict()                # name: (key, instruction), Policy, when it was used
+        self.sims = OrderedDict()                    # name: its Tabletop, a lock, when it was used
         key = next(iter(model.stats), None) if unnorm_key is None else unnorm_key
         size = self.cfg.image_size
         if not self.points:
@@ -263,54 +323,119 @@ class Service:
                      "control_hz": getattr(self.cfg, "control_hz", None),
                      "norm_keys": sorted(model.stats), "unnorm_key": unnorm_key,
                      "mode": "step" if execute else "chunk", "execute": self.policy(key).execute,
-                     "wire": list(wire)}
+                     "wire": list(wire), "abilities": [*getattr(self.method, "ABILITIES", ())],
+                     "sim": {body: list(FAMILIES + PAIRS) for body in BODIES if self.fits(body)}}
         black = {view: np.zeros((size or 240, size or 320, 3), np.uint8) for view in self.cfg.views}
         state = np.zeros(self.info["state_dim"], np.float32)
-        self.predict({"images": black, "instruction": "warm up", "state": state}, key)
-        self.times.clear()                                                   # the first one is slow
+        (answer,) = self.predict([{"images": black, "instruction": "warm up", "state": state}], key)
+        if isinstance(answer, Exception):
+            raise answer
+        self.times, self.asked = {"": Times()}, 0                            # the first one is slow
 
     def policy(self, key):
         """A fresh Policy: what one session remembers."""
         return self.method.Policy(self.model, unnorm_key=key, execute=self.execute)
 
-    def predict(self, observation, key):
-        """One inference -> ((T, A) finite, info)."""
-        start = time.perf_counter()
-        chunks, info = self.model.act([observation], unnorm_key=key, **self.options)
-        self.times.append(1000 * (time.perf_counter() - start))              # act has waited for the device
-        if not np.isfinite(chunks).all():
-            raise Refused(500, "the model's actions are not finite; none were sent. Check the checkpoint.")
-        if np.any(info.get("parse_failed", False)):
-            raise Refused(500, "the model's answer could not be read as actions; none were sent. Ask again.")
-        return chunks[0], info
+    def flaw(self, kind, line):
+        """The error for a prediction that nobody may get, which is counted."""
+        self.flaws[kind] += 1
+        return Refused(500, line)
 
-    def step(self, session, key, observation):
-        """One action of the session's Policy, (1, A). An error forgets the session: its past has a gap."""
+    # -- the model's thread, and its queue
+
+    def queue(self, job):
+        """Put a job into the queue -> its future."""
+        with self.came:
+            if self.stopped:
+                raise Refused(503, "the server has stopped.")
+            self.waiting.append(job)
+            self.came.notify()
+        return job.future
+
+    def do(self, function):
+        """What function() returns, in the model's thread, after all that came before."""
+        return self.queue(Job(once(function))).result()[0]
+
+    def stop(self):
+        """End the model's thread, after what waits."""
+        with self.came:
+            self.stopped = True
+            self.came.notify()
+
+    def run(self):
+        """Answer what waits, in order. What came while the model was busy goes together, if it is alike;
+        for company nobody waits."""
+        while True:
+            with self.came:
+                self.came.wait_for(lambda: self.waiting or self.stopped)
+                if not self.waiting:
+                    return
+                jobs = [self.waiting.popleft()]
+                while self.waiting and len(jobs) < self.batch and self.waiting[0].joins(jobs):
+                    jobs.append(self.waiting.popleft())
+            start = time.perf_counter()
+            asked = [(job, ask) for job in jobs if (ask := self.advance(job, start)) is not None]
+            answers = self.predict([ask for _, ask in asked], jobs[0].alike[0]) if asked else ()
+            for (job, _), answer in zip(asked, answers):
+                self.advance(job, start, answer)
+
+    def advance(self, job, start, answer=None):
+        """Let a job go on with the model's answer -> what it asks, or None: it ended, its future is set."""
+        try:
+            return job.work.throw(answer) if isinstance(answer, Exception) else job.work.send(answer)
+        except StopIteration as end:
+            job.future.set_result((*end.value, 1000 * (time.perf_counter() - start)))        # without waiting
+        except ValueError as e:                                              # a check of the method's own
+            job.future.set_exception(Refused(400, e))
+        except Exception as e:                                               # whoever asked hears of it
+            job.future.set_exception(e)
+
+    def predict(self, observations, key):
+        """One inference -> for each observation ((T, A) finite, info), or what is wrong with it."""
+        start, n = time.perf_counter(), len(observations)
+        try:
+            chunks, info = self.model.act(observations, unnorm_key=key, **self.options)
+        except Exception as e:
+            if isinstance(e, ValueError) and n > 1:            # the fault of one of them, not of the others
+                return [answer for each in observations for answer in self.predict([each], key)]
+            return [Refused(400, e) if isinstance(e, ValueError) else e] * n
+        self.times[""].since(start)                                          # act has waited for the device
+        self.asked += n
+        failed, said = np.broadcast_to(info.get("parse_failed", False), n), info.get("subtasks", [""] * n)
+        return [self.judge(*each) for each in zip(chunks, failed, said, strict=True)]
+
+    def judge(self, chunk, failed, said):
+        """A chunk (T, A), could its answer not be read, its sub-task -> (chunk, info), or what is wrong."""
+        if not np.isfinite(chunk).all():
+            return self.flaw("not_finite", "the model's actions are not finite; none were sent. Check the "
+                             "checkpoint.")
+        if failed:
+            return self.flaw("parse_failed", "the model's answer could not be read as actions; none were "
+                             "sent. Ask again.")
+        return chunk, {"subtask": said} if said else {}
+
+    def play(self, observation, key, mode, session):
+        """A generator: yields what to ask the model, takes its answer, returns ((T, A), info). In mode "step"
+        that is one action of the session's Policy; an error forgets the session, as its past has a gap."""
+        if mode == "chunk":
+            return (yield observation)
         instruction = observation["instruction"]
         known, policy, _ = self.sessions.pop(session, (None, None, 0))
         if known != (key, instruction):
             policy = self.policy(key)
-        chunk, info = self.predict(policy.ask(observation), key) if policy.needs_chunk else (None, {})
+        chunk, info = (yield policy.ask(observation)) if policy.needs_chunk else (None, {})
         action = policy.step(observation, chunk)                             # (A,)
         self.sessions[session] = (key, instruction), policy, time.monotonic()        # at the end: the newest
-        while len(self.sessions) > MAX_SESSIONS or self.idle() > SESSION_SECONDS:
+        while len(self.sessions) > MAX_SESSIONS or idle(self.sessions) > SESSION_SECONDS:
             self.sessions.popitem(last=False)
-        return action[None], info
-
-    def idle(self):
-        """Seconds since the session unused for longest was used."""
-        return time.monotonic() - next(iter(self.sessions.values()))[2]
+        return action[None], info if chunk is None else {**info, "chunk": chunk}
 
     def answer(self, observation, key=None, mode="chunk", session=None):
         """An observation -> ((T, A), info, milliseconds): all formats ask for this. T is 1 in mode "step"."""
-        with self.lock:
-            start = time.perf_counter()
-            try:
-                actions, info = (self.step(session, key, observation) if mode == "step" else
-                                 self.predict(observation, key))
-            except ValueError as e:                                          # a check of the method's own
-                raise Refused(400, e) from e
-            return actions, info, 1000 * (time.perf_counter() - start)       # without the queue for the lock
+        arrays = {**observation, **observation["images"]}
+        shapes = {name: x.shape for name, x in arrays.items() if isinstance(x, np.ndarray)}
+        return self.queue(Job(self.play(observation, key, mode, session), (key, shapes, set(observation)),
+                              (session,) if mode == "step" else None)).result()
 
     def read(self, raw):
         """The body of /v1/act -> (observation, key, mode, session)."""
@@ -324,37 +449,49 @@ class Service:
                           '"unnorm_key". a0.Policy, beside the robot, makes them motion.')
         return read_observation(body, self.cfg), key, mode, body.get("session")
 
-    def act(self, raw):
+    def act(self, asked):
         """The answer to POST /v1/act."""
-        observation, key, mode, session = self.read(raw)
+        observation, key, mode, session = self.read(asked.raw)
         actions, info, ms = self.answer(observation, key, mode, session)
-        said = {name: value for name, value in info.items() if isinstance(value, (str, int))}     # no arrays
         return {self.method.PREDICTS: actions.tolist(), "infer_ms": round(ms, 3),
-                "info": {"mode": mode, "unnorm_key": key, **said}}
+                "info": {"mode": mode, "unnorm_key": key, **{k: v for k, v in info.items() if k != "chunk"}}}
+
+    def decode(self, observation, key):
+        """Yield the chunk's rows, each as soon as it is decoded where the method can, else all at the end."""
+        if not hasattr(self.model, "stream"):
+            (answer,) = self.predict([observation], key)
+            if isinstance(answer, Exception):
+                raise answer
+            yield from answer[0]
+            return
+        steps = self.model.stream(observation, unnorm_key=key, **self.options)
+        start = time.perf_counter()
+        while True:
+            try:
+                _, row = next(steps)
+            except StopIteration as end:
+                problem = end.value
+                break
+            if not np.isfinite(row).all():
+                raise self.flaw("not_finite", "an action is not finite; stop. Check the checkpoint.")
+            yield row
+        if problem:
+            raise self.flaw("parse_failed", f"the model's answer breaks off: {problem}. Stop, ask again.")
+        self.times[""].since(start)
 
     def rows(self, observation, key):
-        """Yield the chunk's rows, each as soon as it is decoded where the method can, else all at the end."""
-        with self.lock:
-            if not hasattr(self.model, "stream"):
-                yield from self.predict(observation, key)[0]
-                return
-            steps, start = self.model.stream(observation, unnorm_key=key, **self.options), time.perf_counter()
-            while True:
-                try:
-                    _, row = next(steps)
-                except StopIteration as end:
-                    problem = end.value
-                    break
-                if not np.isfinite(row).all():
-                    raise Refused(500, "an action is not finite; stop. Check the checkpoint.")
-                yield row
-            if problem:
-                raise Refused(500, f"the model's answer breaks off: {problem}. Stop, ask again.")
-            self.times.append(1000 * (time.perf_counter() - start))
+        """The rows of `decode`, which runs in the model's thread."""
+        rows = SimpleQueue()
+        job = Job(once(lambda: [rows.put(row) for row in self.decode(observation, key)]))
+        job.future.add_done_callback(lambda _: rows.put(None))
+        self.queue(job)
+        while (row := rows.get()) is not None:
+            yield row
+        job.future.result()                                                  # or what went wrong
 
-    def stream(self, raw):
+    def stream(self, asked):
         """The lines that answer POST /v1/stream."""
-        observation, key, mode, _ = self.read(raw)
+        observation, key, mode, _ = self.read(asked.raw)
         if mode == "step":
             raise Refused(400, 'a stream is of one chunk: "mode" must be "chunk".')
         start = time.perf_counter()
@@ -381,21 +518,135 @@ class Service:
         return actions, ms
 
     def forget(self, session):
-        """Forget what a session remembers; was there anything?"""
-        with self.lock:
-            return self.sessions.pop(session, None) is not None
+        """Forget what a session remembers, after what it asked before; was there anything?"""
+        return self.do(lambda: self.sessions.pop(session, None) is not None)
 
-    def reset(self, raw):
+    def reset(self, asked):
         """The answer to POST /v1/reset."""
-        session = parse(raw or b"{}", {"session": str}).get("session")
+        session = parse(asked.raw or b"{}", {"session": str}).get("session")
         return {"forgotten": self.forget(session)}
 
+    # -- what the page asks for
+
+    def ask_ability(self, asked):
+        """The answer to POST /v1/ask: {"text", "points" (n, 2) or "boxes" (n, 4), in [0, 1], "infer_ms"}."""
+        body = parse(asked.raw, {"question": str, "ability": str, "image": str}, long=("image",))
+        if not self.info["abilities"]:
+            raise Refused(400, f"{self.method.__name__} answers no questions; a robobrain_x0 does.")
+        image, ability = read_image("image", read_base64("image", body.get("image"))), body.get("ability", "")
+        question, start = body.get("question"), time.perf_counter()
+        observe(self.cfg, question, {"image": image})                        # is it a text?
+        found, text = self.do(lambda: self.model.answer(image, question, ability))
+        value = {"text": text, "infer_ms": round(1000 * (time.perf_counter() - start), 3)}
+        if isinstance(found, np.ndarray):                                    # (n, 2) or (n, 4) [pixels]
+            scale = np.resize(image.shape[1::-1], found.shape[1])
+            value["points" if len(scale) == 2 else "boxes"] = (found / scale).clip(0, 1).tolist()
+        return value
+
+    def sim_key(self, body):
+        """Whose statistics actions of this body of the tabletop have."""
+        name = dataset_name(body)
+        return None if self.points else name if name in self.model.stats else self.unnorm_key
+
+    def fits(self, body):
+        """Can the model act with this body of the tabletop?"""
+        try:
+            Tabletop(views=self.cfg.views, embodiment=body)
+            stats = {} if self.points else pick_stats(self.model.stats, self.sim_key(body))
+        except ValueError:                                                   # it looks at other cameras
+            return False
+        return EMBODIMENTS[body][0] == len(next(iter(stats.values()), [0] * 7))
+
+    def sim_start(self, asked):
+        """The answer to POST /v1/sim: a new scene, as `sim_view` shows it."""
+        body = parse(asked.raw or b"{}", {"family": str, "seed": int, "body": str, "sim": str})
+        robot = body.get("body", next(iter(self.info["sim"]), None))
+        if robot not in self.info["sim"]:
+            raise Refused(400, f"this model acts with {list(self.info['sim']) or 'no body'} of the tabletop.")
+        try:
+            env = Tabletop((body.get("family", FAMILIES[0]),), "eval", self.cfg.views,
+                           self.cfg.image_size or (240, 320), robot)
+            env.lay_out(seeds("eval", 1, body.get("seed", secrets.randbelow(10**6)))[0])
+        except ValueError as e:
+            raise Refused(400, e) from e
+        name = secrets.token_hex(8)
+        with self.came:
+            old = [self.sims.pop(body["sim"])] if body.get("sim") in self.sims else []
+            self.sims[name] = env, threading.Lock(), time.monotonic()
+            while len(self.sims) > MAX_SIMS or idle(self.sims) > SESSION_SECONDS:
+                old.append(self.sims.popitem(last=False)[1])
+        for gone, *_ in old:
+            self.forget(gone)
+        return self.sim_view(name, env)
+
+    def sim_step(self, asked):
+        """The answer to POST /v1/sim/step: the scene after one action of the policy, and that action."""
+        body = parse(asked.raw, {"sim": str, "instruction": str, "unnorm_key": str})
+        name = body.get("sim")
+        with self.came:
+            env, turn, _ = self.sims.pop(name, (None, None, 0))
+            if env is None:
+                raise Refused(404, "there is no such simulator (any more); begin one: POST /v1/sim.")
+            self.sims[name] = env, turn, time.monotonic()                    # at the end: the newest
+        with turn:
+            if env.success() or env.count >= env.max_steps:
+                raise Refused(409, "this episode is over; begin another: POST /v1/sim.")
+            env.instruction = body.get("instruction", env.instruction)
+            seen = env.observe()
+            observe(self.cfg, env.instruction, seen["images"])               # is it a text?
+            key = body.get("unnorm_key", self.sim_key(env.embodiment))
+            (action,), info, ms = self.answer(seen, key, "step", env)
+            try:
+                env.advance(action)
+            except ValueError as e:                                          # another body's statistics
+                raise Refused(400, e) from e
+            if "chunk" in info:
+                info[self.method.PREDICTS] = info.pop("chunk").tolist()
+            return {**self.sim_view(name, env), **info, "action": action.tolist(), "infer_ms": round(ms, 3)}
+
+    def sim_view(self, name, env):
+        """A simulator as JSON; picture: base64 of a PNG file of the third-person camera."""
+        file = io.BytesIO()
+        Image.fromarray(env.picture("third", 320, 320)[0]).save(file, "PNG")
+        return {"sim": name, "body": env.embodiment, "instruction": env.instruction, "steps": env.count,
+                "max_steps": env.max_steps, "success": env.success(), "seed": env.seed % 10**6,
+                "picture": base64.b64encode(file.getvalue()).decode()}
+
+    # -- what the operator sees
+
+    def failed(self, status):
+        """Count an error."""
+        with self.came:
+            self.errors[status] += 1
+
+    def metrics(self):
+        """Prometheus' text form. Quantiles are of the newest 10,000 calls."""
+        spent = []
+        for path, times in sorted(self.times.items()):                       # "": the model alone
+            of, newest = f'path="{path or "model"}"', [*times.newest] or [0]
+            spent += [(f'{{{of},quantile="{q}"}}', np.quantile(newest, q) / 1000) for q in (0.5, 0.95, 0.99)]
+            spent += [(f"_sum{{{of}}}", times.sum / 1000), (f"_count{{{of}}}", times.count)]
+        errors = [(f'{{code="{code}",kind="{HTTPStatus(code).phrase}"}}', n)
+                  for code, n in sorted(self.errors.items())]
+        flaws = [(f'{{kind="{kind}"}}', self.flaws[kind]) for kind in ("parse_failed", "not_finite")]
+        rows = {"queue_length gauge": len(self.waiting), "requests_under_way gauge": self.under_way,
+                "sessions gauge": len(self.sessions), "simulators gauge": len(self.sims),
+                "observations_total counter": self.asked, "errors_total counter": errors,
+                "failed_predictions_total counter": flaws, "seconds summary": spent}
+        text = ""
+        for name, found in rows.items():
+            text += f"# TYPE plainvla_{name}\n"
+            for label, value in found if isinstance(found, list) else [("", found)]:
+                text += f"plainvla_{name.split()[0]}{label} {value:.9g}\n"
+        return text
+
     def summary(self):
-        """p50 and p95 of the inference times, in words."""
-        if not self.times:
+        """p50, p95 and p99 of the inference times, in words."""
+        newest = self.times[""].newest
+        if not newest:
             return "no inferences"
-        p50, p95 = np.percentile(self.times, [50, 95])
-        return f"the last {len(self.times)} inferences: p50 {p50:.1f} ms, p95 {p95:.1f} ms"
+        p50, p95, p99 = np.percentile(newest, [50, 95, 99])
+        return f"the last {len(newest)} inferences: p50 {p50:.1f} ms, p95 {p95:.1f} ms, p99 {p99:.1f} ms"
 
 
 # ---- Other projects' formats -------------------------------------------------------------------------------
@@ -532,15 +783,15 @@ def robobrain_infer(service, asked):
         for camera, text in images.items() if isinstance(images, dict) else ():
             if camera in x0.ROBOTS[cfg.robot].cameras:       # decode no huge ones, and no other formats
                 open_image(camera, read_base64(camera, text))
-        with service.lock:
-            status, value = x0.infer(cfg.robot, body, lambda *a: model.complete(*a, mode), words.decode,
-                                     words.actions, stats, cfg.subtask, service.official, cfg=cfg)
+        status, value = service.do(lambda: x0.infer(
+            cfg.robot, body, lambda *a: model.complete(*a, mode), words.decode, words.actions, stats,
+            cfg.subtask, service.official, cfg=cfg))
     except Refused as e:
         return 500 if service.official else e.status, {"success": False, "error": str(e)}
-    spent = time.perf_counter() - start
     if status == 200:
-        value["processing_time"] = spent
-        service.times.append(1000 * spent)
+        value["processing_time"] = time.perf_counter() - start
+        service.times[""].since(start)
+    service.flaws["parse_failed"] += not value.get("decode_ok", True)
     return status, value
 
 
@@ -606,6 +857,7 @@ def openpi(service, asked):
             state = np.append(*parts)
         actions, ms = service.ask(asked, body.get("prompt"), pictures(body, body.get("images")), state)
     except Refused as e:
+        service.failed(e.status)
         return str(e)
     return pack({"actions": actions, "server_timing": {"infer_ms": ms}}, bytes)
 
@@ -639,6 +891,7 @@ def vla_eval(service, asked):
         else:
             raise Refused(400, f"there is no message type {str(kind)[:40]!r}.")
     except Refused as e:
+        service.failed(e.status)
         kind, out = "error", {"error": str(e)}
     return pack({"type": kind, "payload": out, "seq": seq, "timestamp": time.time()}, str)
 
@@ -647,6 +900,27 @@ def healthy(service, asked):
     return {"status": "ok"}
 
 
+def page(service, asked):
+    """assets/index.html, with headers by which only its own script and style run and nothing else loads."""
+    from fastapi import Response
+    html = (Path(__file__).resolve().parent / "assets" / "index.html").read_text(encoding="utf-8")
+    own = [f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'; "
+           for tag, text in re.findall("<(style|script)>(.*?)</", html, re.S)]
+    return Response(html, media_type="text/html", headers={
+        "Content-Security-Policy": f"default-src 'none'; {''.join(own)}connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'", "X-Content-Type-Options": "nosniff"})
+
+
+def metrics(service, asked):
+    from fastapi import Response
+    return Response(service.metrics(), media_type="text/plain; version=0.0.4")
+
+
+OURS = {
+    "POST /v1/act": Service.act, "POST /v1/stream": Service.stream, "POST /v1/reset": Service.reset,
+    "POST /v1/ask": Service.ask_ability, "POST /v1/sim": Service.sim_start,
+    "POST /v1/sim/step": Service.sim_step, "GET /v1/info": lambda service, asked: service.info,
+    "GET /healthz": healthy, "GET /metrics": metrics, "GET /": page}
 WIRES = {
     "openvla": {"POST /act": openvla_act},
     "cogact": {"POST /api/inference": cogact_inference},
@@ -707,9 +981,12 @@ async def read_body(request, form="application/json"):
 def check_caller(headers, token=None):
     """Refuse web pages of elsewhere, and whoever lacks the token. Clients that know of none have it in their
     address: http://robot:TOKEN@HOST becomes Basic; openpi says Api-Key."""
-    origin = headers.get("origin")
-    if origin and urlsplit(origin).netloc != headers.get("host"):
+    page = headers.get("origin", "").partition("://")[2]
+    if "origin" in headers and page != headers.get("host"):
         raise Refused(403, "a web page of another address asks; it must not move the robot.")
+    if page and token is None and not re.fullmatch(r"(localhost|[\d.]+|\[[\da-f:.]+\])(:\d+)?", page):
+        raise Refused(403, "open the page by the server's number (http://127.0.0.1:8000), or set --token: "
+                      "what a name stands for, its owner can change.")
     kind, _, found = headers.get("authorization", "").partition(" ")
     if kind.lower() == "basic":
         with suppress(ValueError):
@@ -759,10 +1036,18 @@ async def converse(websocket, service, talk):
     await websocket.accept()
     try:
         while True:
-            answer = await run_in_threadpool(talk, service, Asked(raw, query, session=session))
-            if answer is not None:
-                await (websocket.send_text if isinstance(answer, str) else websocket.send_bytes)(answer)
+            start, service.under_way = time.perf_counter(), service.under_way + 1
+            try:
+                answer = await run_in_threadpool(talk, service, Asked(raw, query, session=session))
+                if answer is not None:
+                    await (websocket.send_text if isinstance(answer, str) else websocket.send_bytes)(answer)
+            finally:
+                service.under_way -= 1
+            if raw is not None:
+                service.times.setdefault(websocket.scope["path"], Times()).since(start)
             message = await websocket.receive()
+            if service.draining:                                             # too late: nobody begins on it
+                return await websocket.close(1012, "the server is stopping")
             if message["type"] == "websocket.disconnect":
                 return
             raw = message.get("bytes") or message.get("text") or b""
@@ -772,82 +1057,88 @@ async def converse(websocket, service, talk):
         await run_in_threadpool(service.forget, session)
 
 
-def add_wires(app, service, reply):
-    """The routes of --wire."""
-    from fastapi import Request, WebSocket
+def add_route(app, service, reply, verb, path, answer):
+    """A route of the tables OURS and WIRES."""
+    from fastapi import Request, Response, WebSocket
     from fastapi.concurrency import run_in_threadpool
     from fastapi.responses import StreamingResponse
 
-    def add(verb, path, answer):
-        async def route(request: Request):
-            form = FORMS.get(answer, "application/json")
-            raw = await read_body(request, form) if verb == "POST" else b""
-            asked = Asked(raw, dict(request.query_params), request.headers.get("content-type", ""))
-            if inspect.isgeneratorfunction(answer):
-                return StreamingResponse(await lines(answer(service, asked)), media_type=NDJSON)
-            value = await run_in_threadpool(answer, service, asked)
-            return reply(*value[::-1]) if isinstance(value, tuple) else reply(value)
+    async def route(request: Request):
+        raw = await read_body(request, FORMS.get(answer, "application/json")) if verb == "POST" else b""
+        asked = Asked(raw, dict(request.query_params), request.headers.get("content-type", ""))
+        if inspect.isgeneratorfunction(answer):
+            return StreamingResponse(await lines(answer(service, asked)), media_type=NDJSON)
+        # whoever looks (GET) need not wait for a thread, which may all wait for the model
+        value = answer(service, asked) if verb == "GET" else await run_in_threadpool(answer, service, asked)
+        if isinstance(value, Response):
+            return value
+        return reply(*value[::-1]) if isinstance(value, tuple) else reply(value)
 
-        async def socket_route(websocket: WebSocket):
-            await converse(websocket, service, answer)
+    async def socket_route(websocket: WebSocket):
+        await converse(websocket, service, answer)
 
-        if verb == "SOCKET":
-            app.add_api_websocket_route(path, socket_route)
-        else:
-            app.add_api_route(path, route, methods=[verb])
+    if verb == "SOCKET":
+        app.add_api_websocket_route(path, socket_route)
+    else:
+        app.add_api_route(path, route, methods=[verb])
 
-    for name in service.wire:
-        for path, answer in WIRES[name].items():
-            add(*path.split(), answer)
+
+class Meter:
+    """Around all HTTP routes: counts what is under way and what failed, takes the time of what did not."""
+
+    def __init__(self, app, service):
+        self.app, self.service = app, service
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        service, start, status = self.service, time.perf_counter(), 500
+
+        async def sent(message):
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+        service.under_way += 1
+        try:
+            await self.app(scope, receive, sent)
+        finally:
+            service.under_way -= 1
+            if status >= 400:
+                service.failed(status)
+            elif scope["method"] == "POST":
+                service.times.setdefault(scope["path"], Times()).since(start)
 
 
 def create_app(model, unnorm_key=None, execute=None, token=None, checkpoint="", wire=(), official=False,
-               **options):
-    """The FastAPI application around a loaded model. wire: names of WIRES; official: --official; options:
-    keywords for model.act, e.g. cfg_scale."""
-    from fastapi import Depends, FastAPI, Request, Response
-    from fastapi.concurrency import run_in_threadpool
+               batch=8, **options):
+    """The FastAPI application around a loaded model. wire: names of WIRES; official: --official; batch: how
+    many waiting robots are asked together; options: keywords for model.act, e.g. cfg_scale."""
+    from fastapi import Depends, FastAPI, Response
     from fastapi.requests import HTTPConnection
-    from fastapi.responses import StreamingResponse
     from starlette.exceptions import HTTPException
-    service = Service(model, unnorm_key, execute, checkpoint, wire, official, **options)
+    service = Service(model, unnorm_key, execute, checkpoint, wire, official, batch, **options)
+    routes = OURS | {path: answer for name in wire for path, answer in WIRES[name].items()}
 
-    def reply(value, status=200):
-        return Response(json.dumps(value, allow_nan=False), status, media_type="application/json")
+    def reply(value, status=200):                            # a server that stops sends clients away
+        return Response(json.dumps(value, allow_nan=False), status, media_type="application/json",
+                        headers={"Connection": "close"} if service.draining else None)
 
-    def guard(caller: HTTPConnection):
-        if caller.url.path != "/healthz":
-            check_caller(caller.headers, token)
+    async def guard(caller: HTTPConnection):
+        if caller.scope["type"] != "http" or caller.scope["path"] not in ("/healthz", "/"):
+            check_caller(caller.headers, token)                              # the page itself tells nothing
+        if service.draining:
+            raise Refused(503, "the server is stopping; ask another one, or later.")
 
     @asynccontextmanager
     async def lifespan(app):
+        threading.Thread(target=service.run, name="model", daemon=True).start()
         yield
+        service.stop()
         print(service.summary(), flush=True)
 
     app = FastAPI(title="plainvla", lifespan=lifespan, openapi_url=None, redirect_slashes=False,
                   dependencies=[Depends(guard)])
     app.state.service = service
-
-    @app.post("/v1/act")
-    async def act(request: Request):
-        return reply(await run_in_threadpool(service.act, await read_body(request)))
-
-    @app.post("/v1/stream")
-    async def stream(request: Request):
-        rows = await lines(service.stream(await read_body(request)))
-        return StreamingResponse(rows, media_type=NDJSON)
-
-    @app.post("/v1/reset")
-    async def reset(request: Request):
-        return reply(await run_in_threadpool(service.reset, await read_body(request)))
-
-    @app.get("/v1/info")
-    async def info():
-        return reply(service.info)
-
-    @app.get("/healthz")
-    async def healthz():
-        return reply({"status": "ok"})
 
     @app.exception_handler(Refused)
     async def refused(request, e):
@@ -855,8 +1146,6 @@ def create_app(model, unnorm_key=None, execute=None, token=None, checkpoint="", 
 
     @app.exception_handler(HTTPException)
     async def no_route(request, e):
-        routes = ["POST /v1/act", "POST /v1/stream", "POST /v1/reset", "GET /v1/info", "GET /healthz"]
-        routes += [path for name in wire for path in WIRES[name]]
         asked = f"{request.scope.get('method', 'SOCKET')} {request.url.path[:200]}"
         return reply({"error": f"{asked}: {e.detail}; there is {', '.join(routes)}."}, e.status_code)
 
@@ -864,25 +1153,39 @@ def create_app(model, unnorm_key=None, execute=None, token=None, checkpoint="", 
     async def failed(request, e):
         return reply({"error": f"internal error ({type(e).__name__}); see the server's log."}, 500)
 
-    add_wires(app, service, reply)
+    for path, answer in routes.items():
+        add_route(app, service, reply, *path.split(), answer)
+    app.add_middleware(Meter, service=service)
     return app
 
 
 def create_server(app):
-    """uvicorn, set up: ask a silent client for a sign of life, stop within 30 s, inflate nothing."""
+    """uvicorn, set up: ask a silent client for a sign of life, stop within DRAIN_SECONDS, inflate nothing."""
     import uvicorn
-    return uvicorn.Server(uvicorn.Config(
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets=None):
+            """First what is under way is answered: left alone, uvicorn hangs up on sockets in mid-request."""
+            service, start = app.state.service, time.monotonic()
+            service.draining = True
+            await asyncio.sleep(0.5)                                         # what is still on its way
+            while service.under_way and time.monotonic() < start + DRAIN_SECONDS:
+                await asyncio.sleep(0.02)
+            await super().shutdown(sockets)
+
+    return Server(uvicorn.Config(
         app, log_level="warning", limit_concurrency=2 * MAX_SESSIONS, timeout_keep_alive=60,
-        timeout_graceful_shutdown=30, ws_max_size=MAX_BODY, ws_per_message_deflate=False,
+        timeout_graceful_shutdown=5, ws_max_size=MAX_BODY, ws_per_message_deflate=False,
         ws_ping_interval=60, ws_ping_timeout=300))
 
 
 def bind(host, port):
     """A socket that does not listen yet: a port in use is reported before minutes of loading."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        sock = socket.socket(family, kind)
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, kind, protocol)         # without it asyncio sets no TCP_NODELAY: 40 ms
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**20)          # a request comes in one piece
         sock.bind(address)
         return sock
     except OSError as e:
@@ -899,6 +1202,8 @@ def main():
     what.add_argument("--unnorm-key", help="whose action statistics to use when a request does not say")
     how = p.add_argument_group("inference")
     how.add_argument("--execute", type=within(1), help="answer single actions, so many per chunk, not chunks")
+    how.add_argument("--batch", type=within(1), default=8,
+                     help="robots that wait for the model are asked together, at most so many")
     how.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     how.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto",
                      help="bf16 halves the memory; auto: bf16 on CUDA, else what the checkpoint says")
@@ -936,7 +1241,7 @@ def main():
         a.ckpt, preset=a.preset, tokenizer=a.tokenizer, attn=a.attn, device=where,
         dtype=None if dtype == "auto" else dtype, **({"robot": a.robot} if a.robot else {}))
     try:
-        app = create_app(model, a.unnorm_key, a.execute, a.token, a.ckpt, wire, a.official)
+        app = create_app(model, a.unnorm_key, a.execute, a.token, a.ckpt, wire, a.official, a.batch)
     except Refused as e:
         raise ValueError(f"{a.ckpt} was loaded, but its first inference failed: {e}") from e
     print(" | ".join(f"{name} {value}" for name, value in app.state.service.info.items()))

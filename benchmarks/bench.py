@@ -5,6 +5,8 @@ Time and count the methods beside plain library modules that do the same thing, 
     python benchmarks/bench.py vla0 infer --check                 # tiny, CPU: host overhead, not speed-up
     python benchmarks/bench.py vla0 all --device cuda --size official --check --out results/h200.jsonl
     python benchmarks/bench.py vla0 decode --ckpt runs/vla0-tiny/last --episodes 10   # a robot's own drafts
+    python benchmarks/bench.py loader --rounds 3                  # every recorded form: see bench_loader.py
+    python benchmarks/bench.py serve --rounds 20 --inner 20       # server and formats: see bench_serve.py
     python benchmarks/bench.py --diff old.jsonl new.jsonl
 
 ceiling   this machine: a matrix product [TFLOP/s], a copy [TB/s, read plus write]
@@ -64,7 +66,8 @@ import eval_sim  # noqa: E402
 import train  # noqa: E402
 from common import choose, keyed_rng, within  # noqa: E402
 
-METHODS = [path.stem.removeprefix("bench_") for path in sorted(HERE.glob("bench_*.py"))]
+METHODS = [path.stem.removeprefix("bench_") for path in sorted(HERE.glob("bench_*.py"))
+           if path.stem not in ("bench_loader", "bench_serve")]
 WHATS = ("ceiling", "infer", "decode", "train", "loader", "count")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 REFERENCE = (790.0, 4.3, "H200 reference")     # TFLOP/s bf16, TB/s: where nothing can be measured
@@ -437,7 +440,8 @@ class Bench:
 
     @functools.cached_property
     def base(self):
-        return self.plain(self.cfg, self.model).eval()
+        with torch.device(self.device):
+            return self.plain(self.cfg, self.model).eval()
 
     # -- inputs: those of call i are the same for both sides
 
@@ -572,7 +576,7 @@ class Bench:
         return [(p, self.itemsize(name)) for name, p in self.model.named_parameters()]
 
     def counts(self):
-        """Yield (variant, fields): inference, a training sample, parameters."""
+        """Yield (variant, fields): inference, a training sample, parameters, the baseline's sample."""
         stages, model = self.stages(), self.model
         yield "inference", priced(stages, ceilings(self.device, self.dtype)) | {
             "tokens_in": self.tokens_in(self.batch(0)), "tokens_out": self.tokens_out(),
@@ -591,6 +595,12 @@ class Bench:
             for name, m in model.eval().named_children()}
         whole = {k: sum(of[k] for of in parts.values()) for k in ("parameters", "bytes")}
         yield "parameters", {"bytes": whole["bytes"], "detail": {"all": whole, **parts}}
+        if self.args.baseline != "none":
+            model.train(), self.base.train()
+            with torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True):
+                kept = saved_bytes(lambda: self.base_loss(batch, 0), self.base.parameters())
+            model.eval(), self.base.eval()
+            yield "train, baseline", {"saved_bytes": kept, "baseline": self.baseline}
 
 
 # ---- Command line -----------------------------------------------------------------------------------------
@@ -602,7 +612,7 @@ class Parser(common.Parser):
 def flags():
     p = Parser(__doc__, prog="benchmarks/bench.py")
     add = p.add_argument_group("what").add_argument
-    add("model", nargs="?", default="", help=f"{', '.join(METHODS)}, or all")
+    add("model", nargs="?", default="", help=f"{', '.join(METHODS)}, or all; or loader, or serve")
     add("what", nargs="?", default="", help=f"{', '.join(WHATS)}, or all")
     add("--size", choices=("official", "tiny"), default="tiny", help="of the model")
     add("--variant", help="names with commas between; default: all that this device can do")
@@ -630,7 +640,11 @@ def parse(argv=None):
     args = flags().parse_args(argv)
     if args.diff:
         return args
-    choose("MODEL: there is no", args.model, [*METHODS, "all"])
+    choose("MODEL: there is no", args.model, [*METHODS, "all", "loader", "serve"])
+    if args.model in ("loader", "serve"):
+        args.device, args.dtype, args.whats, args.models = "cpu", "fp32", [args.model], [args.model]
+        args.variant = args.variant.split(",") if args.variant and args.model == "serve" else args.variant
+        return args
     choose("WHAT: there is no", args.what, [*WHATS, "all"])
     device = common.device(args.device)
     args.device, args.dtype = str(device), args.dtype or ("fp32" if device.type == "cpu" else "bf16")
@@ -666,7 +680,10 @@ def method(name):
 
 
 def rows_of(name, what, args):
-    """Yield the rows of one method (None: of no method, ceiling) and one WHAT."""
+    """Yield the rows of one method (None: of no method, ceiling; "loader": recorded forms) and one WHAT."""
+    if name in ("loader", "serve"):
+        yield from importlib.import_module(f"bench_{name}").run(args, new_row)
+        return
     if what == "ceiling":
         tflops, tbps, where = ceilings(torch.device(args.device), DTYPES[args.dtype])
         for variant, peak in (("matmul", {"peak_tflops": tflops}), ("copy", {"peak_tbps": tbps})):
@@ -736,9 +753,10 @@ def main(argv=None):
                 with open(args.out, "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                 print(f"{row['model']} {what} {row['variant']} done", file=sys.stderr)
-            else:
+            elif args.model != "loader":                       # it prints a table as it goes
                 print(json.dumps(row), flush=True)
-    print_table(rows)
+    if args.model != "loader":
+        print_table(rows)
     return 1 if any((row["check"] or "").startswith("DIFFERS") for row in rows) else 0
 
 

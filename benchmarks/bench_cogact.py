@@ -94,7 +94,12 @@ class PlainCogACT(nn.Module):
         rows = torch.cat([text[:, :1], patches.to(text.dtype), text[:, 1:]], 1)        # (B, V P + L, D)
         last = patches.shape[1] + batch["length"] - 1
         mask = torch.arange(rows.shape[1], device=device) <= last[:, None]
-        out = self.llm(inputs_embeds=rows, attention_mask=mask.long(), output_hidden_states=True)
+        if rows.is_meta:                                       # there, padding cannot be looked for
+            N = rows.shape[1]
+            mask = torch.ones(len(rows), 1, N, N, dtype=torch.bool, device="meta").tril()
+        else:
+            mask = mask.long()
+        out = self.llm(inputs_embeds=rows, attention_mask=mask, output_hidden_states=True)
         return out.hidden_states[-1][torch.arange(len(ids), device=device), last][:, None]
 
     def noise_of(self, x, t, z):

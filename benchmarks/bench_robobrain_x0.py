@@ -7,7 +7,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from bench import STATS, count, now
+from bench import HIGH, LOW, STATS, count, now, per_layer
+from transformers.vision_utils import get_vision_position_ids
 
 import robobrain_x0 as x0
 
@@ -81,11 +82,12 @@ class Method(bench_vla0.Method):
            "constrained": (True, False), "spec:oracle": (True, True),
            "jpeg": (True, False), "cold": (False, False)}
     variants = bench_vla0.Bench.variants | {"infer": tuple(how), "decode": tuple(how)[:3]}
-    cuda_only, closed_loop, counts = {}, None, bench_vla0.Bench.counts
+    cuda_only, closed_loop = {}, None
 
     def adapt(self, cfg):
-        """As for VLA-0; nothing is downloaded; actions without words."""
-        return dataclasses.replace(super().adapt(cfg), fast="fit", subtask=False, max_new_tokens=768)
+        """As for VLA-0; nothing is downloaded; actions without words; a prompt of exactly 500 tokens."""
+        about = {"prompt": "{images}robot {robot} task: {task}"} if self.args.size == "official" else {}
+        return dataclasses.replace(super().adapt(cfg), fast="fit", subtask=False, max_new_tokens=768, **about)
 
     @functools.cached_property
     def model(self):
@@ -101,7 +103,7 @@ class Method(bench_vla0.Method):
     def real_grid(self, visual, args, kwargs):
         rows, columns = self.batch_grid
         grid = torch.tensor([[1, rows, columns]] * (len(args[0]) // (rows * columns)))
-        places = hf.vision_utils.get_vision_position_ids(grid, self.cfg.merge_size)
+        places = get_vision_position_ids(grid, self.cfg.merge_size)
         return args, {**kwargs, "grid_thw": grid, "position_ids": places.to("meta")}
 
     @functools.cached_property
@@ -115,8 +117,11 @@ class Method(bench_vla0.Method):
         return x0.human_turn({"instruction": instruction}, self.cfg, False, False)
 
     def sample(self, i):
-        """Of all arms (but bench.py's loader has statistics of one)."""
-        sample = super().sample(i)
+        """Of all arms (but the loader has statistics of one); smooth: about 120 ids at official size."""
+        sample, low, high = super().sample(i), np.array(LOW), np.array(HIGH)
+        wave = np.sin(np.arange(self.cfg.horizon)[:, None] / 10 + np.arange(len(LOW)) + i)     # (T, A)
+        smooth = (low + high) / 2 + (high - low) * np.where(np.arange(len(LOW)) < 6, 0.2 * wave, wave > 0)
+        sample["actions"] = smooth.clip(low, high).astype(np.float32)
         arms = 1 if self.what == "loader" else x0.ROBOTS[self.cfg.robot].arms
         return sample | {"actions": np.tile(sample["actions"], arms)}
 
@@ -235,6 +240,16 @@ class Method(bench_vla0.Method):
             passes = [count(lambda: writer.read(w), fused, f"pass of {w}", widths.count(w))[0]
                       for w in sorted(set(widths))]
         return [vision, prefill, *passes]
+
+    def counts(self):
+        """Also the ops of one decoded layer."""
+        yield from bench_vla0.Bench.counts(self)
+        place = self.batch(0)["length"][:, None]
+        with torch.no_grad(), self.model.reading() as reader:
+            cache, x = self.writer(self.batch(0), "eager").cache, reader.embedding[None, :1]
+            x = x.expand(len(place), 1, -1)                                                # (B, 1, D)
+            ops = per_layer(reader, lambda: reader(x, place.expand(3, -1, 1), place, cache))
+        yield "pass", {"ops": ops, "note": bench_vla0.PASS}
 
     def floor(self, variant, writers):
         """Stages with the widths that passes really had (the host looks late), a mean over the inputs."""

@@ -11,10 +11,14 @@ import torch.nn.functional as F
 import transformers as hf
 from bench import DTYPES, Bench, count, now, per_layer
 from torch import nn
+from transformers.vision_utils import get_vision_position_ids
 
 import eval_sim
 import vla0
 from common import keyed_rng, pick_stats
+
+
+PASS = "pass counts: ops of one decoded layer, one new token per row"
 
 
 class Rule(hf.LogitsProcessor):
@@ -159,7 +163,7 @@ class Method(Bench):
         """On the meta device: the tower reads its grid on the host, so here it is in numbers."""
         rows, columns = (side // self.cfg.patch_size for side in self.batch(0)["images"].shape[2:4])
         grid = torch.tensor([[1, rows, columns]] * (args[0].shape[0] // (rows * columns)))
-        places = hf.vision_utils.get_vision_position_ids(grid, self.cfg.merge_size)
+        places = get_vision_position_ids(grid, self.cfg.merge_size)
         return args, {**kwargs, "grid_thw": grid, "position_ids": places.to("meta")}
 
     def cast(self, model):
@@ -313,7 +317,12 @@ class Method(Bench):
         return self.model.loss(batch)[0]
 
     def base_loss(self, batch, i):
-        return self.base.loss(batch, self.cfg)
+        if self.device.type != "meta":
+            return self.base.loss(batch, self.cfg)
+        whole, labels = self.base.whole, torch.empty_like(batch["ids"])        # it reads its grid on the host
+        hidden = whole.model.language_model(inputs_embeds=self.model.embed(batch), use_cache=False,
+                                            position_ids=batch["positions"].transpose(0, 1)).last_hidden_state
+        return whole.loss_function(whole.lm_head(hidden), labels, self.cfg.vocab)
 
     # -- counts
 
@@ -362,5 +371,5 @@ class Method(Bench):
                     "ops_per_pass": count(lambda: writer.read(1))[0].ops,
                     "transformers_ops_per_layer": per_layer(text, lambda: theirs(1))}
         yield "pass", {"ops": found[self.args.dtype]["ops_per_layer"], "detail": found,
-                       "note": "pass counts: ops of one decoded layer, one new token per row"}
+                       "note": PASS}
 

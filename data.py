@@ -235,6 +235,7 @@ def _generate(folder, made_from, seeds, workers):
 
 
 def usable_cores():
+    """How many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
@@ -251,6 +252,10 @@ def _in_processes(function, jobs, workers):
     os.environ.pop("OMP_NUM_THREADS") if threads is None else os.environ.update(OMP_NUM_THREADS=threads)
     try:
         yield from results
+    except BaseException:                                  # Ctrl-C: what is being computed is not waited for
+        for process in list(pool._processes.values()):
+            process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -446,6 +451,15 @@ class Bodies(torch.utils.data.ConcatDataset):
         return part[((index - start << 32) + (key & 0xFFFFFFFF)) * len(part) // (end - start << 32)]
 
 
+class Chained(torch.utils.data.ConcatDataset):
+    """Several sets, one after the other, each with its own draw(index, key)."""
+
+    def draw(self, index, key):
+        """The sample at `index`, drawn by its own set."""
+        number = int(np.searchsorted(self.cumulative_sizes, index, side="right"))
+        return self.datasets[number].draw(index - [0, *self.cumulative_sizes][number], key)
+
+
 # ---- VLA-0's community form (Allenfree/VLA-0): built from LIBERO's HDF5 -----------------------------------
 
 FIELDS = ("instruction", "image_path", "target_action_text", "H", "D")       # of a line
@@ -462,7 +476,7 @@ def build_manifest(hdf5, out, horizon=8, num_bins=1000, workers=None):
     ValueError: damaged files, or an `out` built from something else.
     """
     hdf5, out = Path(hdf5), Path(out)
-    files = sorted([*hdf5.glob("*.hdf5"), *hdf5.glob("*/*.hdf5")])
+    files = _libero_files(hdf5)
     if not files or min(horizon, num_bins) < 1:
         raise ValueError(f"{hdf5}: {len(files)} files *.hdf5 in it and one folder below; horizon={horizon}, "
                          f"num_bins={num_bins}. At least 1 each: give the folder that holds LIBERO's suites.")
@@ -522,16 +536,8 @@ def _scan(files, horizon):
 
 @contextlib.contextmanager
 def _hdf5(path):
-    try:
-        import h5py
-    except ImportError:
-        raise ValueError('h5py is not installed; run: pip install -e ".[hdf5]"') from None
-    try:
-        with h5py.File(path, "r") as file:
-            yield file
-    except (OSError, KeyError, AttributeError, TypeError) as e:        # the last two: an array is a group
-        reason = str(e).partition("\n")[0]
-        raise ValueError(f"{path} is torn, or no recording of LIBERO: {reason}") from None
+    with _layout(path, Libero.FORM), _open_hdf5(path) as file:
+        yield file
 
 
 def _whole_lines(path, made_from, beside):
@@ -768,6 +774,7 @@ class A0Set(torch.utils.data.Dataset):
             raise ValueError(f"{root}: no episode of {form} to train on. Is it the right folder, and whole?")
 
     def index(self):
+        """Yield (path, row or why it is left out) of this split's episodes."""
         listed = self.root / f"train_test_split{'_droid' * (self.form == 'droid_molmo_sam2')}.json"
         paths = self.share(sorted(self.root.glob(A0_FORMS[self.form][2])))
         if listed.is_file():
@@ -786,11 +793,13 @@ class A0Set(torch.utils.data.Dataset):
         return items[:train] if self.split == "train" else items[train:]
 
     def first(self, paths, why):
+        """The first of these files that is there; none is a ValueError."""
         if path := next((path for path in paths if path.is_file()), None):
             return path
         raise ValueError(f"{paths[0]} is missing; {why}. Unzip the set again, or take it out there.")
 
     def picture(self, path):
+        """(h, w, 3) uint8, RGB."""
         with _layout(path), Image.open(path) as file:
             return np.array(file.convert("RGB"))
 
@@ -801,9 +810,11 @@ class A0Set(torch.utils.data.Dataset):
         return self.draw(index, hash64(self.seed, 0, index))
 
     def draw(self, index, key):
+        """The sample of episode `index` whose window `key` draws."""
         return self.sample(index, random.Random(key))
 
     def sample(self, index, rng):
+        """The sample of episode `index`, drawn from `rng` (Python's random.Random) in the official order."""
         path = self.rows[index][0]
         with _layout(path):
             instruction, points, current, reference, kind = self.read(*self.rows[index], rng)
@@ -970,6 +981,7 @@ class Mixture(torch.utils.data.ConcatDataset):
     draw = A0Set.draw
 
     def sample(self, index, rng):
+        """The sample at `index`, as its own set gives it."""
         number = int(np.searchsorted(self.cumulative_sizes, index, side="right"))
         return self.datasets[number].sample(index - [0, *self.cumulative_sizes][number], rng)
 
@@ -1222,9 +1234,17 @@ class Calvin(torch.utils.data.Dataset):
 
 
 def calvin_folder(root, split):
-    """The folder training or validation in CALVIN's `root`, or that folder itself if it is one of them."""
+    """The folder training or validation in CALVIN's `root`, or beside it; to train on, `root` itself may do.
+
+    No folder validation for another split than "train" is a ValueError.
+    """
     root = Path(root).expanduser()
-    return next(filter(Path.is_dir, [root / ("training" if split == "train" else "validation")]), root)
+    if split == "train":
+        return next(filter(Path.is_dir, [root / "training"]), root)
+    if found := next(filter(Path.is_dir, [root / "validation", root.with_name("validation")]), None):
+        return found
+    raise ValueError(f"{root}: there is no folder validation, in it or beside it. Copy it there, or train "
+                     "without validation (--val-every 0).")
 
 
 def calvin_frame(folder, number, keys=None):
@@ -1353,7 +1373,7 @@ def official_dataset(path, split, horizon, history, views, expect, cache=None):
         if not len(data):
             raise ValueError(f"{where}: no window of {history} frames is left; look at its data and options.")
         sets.append(Checked(data, where, expect))
-    whole = torch.utils.data.ConcatDataset(sets) if len(sets) > 1 else sets[0] if sets else None
+    whole = Chained(sets) if len(sets) > 1 else sets[0] if sets else None
     if len(sets) > 1 and all(x.stats for x in sets):
         whole.stats = {name: entry for x in sets for name, entry in x.stats.items()}
     return whole
@@ -1777,7 +1797,7 @@ def _shard(path):
 
 # ---- Recorded episodes: what LeRobot's and LIBERO's forms share --------------------------------------------
 # --data lerobot=DIR, libero=, calvin=, rlds=, or DIR alone; or several: lerobot=DIR,weight=2+libero=DIR2
-#   weight=2                      of several sets: each frame is drawn twice in an epoch (0.1: every tenth)
+#   weight=2                      each frame is drawn twice in an epoch (0.1: every tenth)
 #   third=, state=, action=       which column; else USUAL's names in order, then the cameras in the set's
 #   name=, embodiment=            the unnorm_key (else the folder's name); the samples' `embodiment`
 #   gripper=openvla               the last number g becomes 1 - clip(g, 0, 1): 1 = open, of LIBERO's -1 = open
@@ -1794,6 +1814,7 @@ USUAL = {"action": ("action", "actions"), "state": ("observation.state", "state"
          "wrist": ("wrist_image", "image2", "eye_in_hand_rgb", "wrist", "hand", "cam_right_wrist",
                    "rgb_gripper")}
 FRAMES = 64                    # files that a worker keeps open, each with its decoder
+TABLE = 1                      # version of the table in the cache; who changes what it holds raises it
 TOLERANCE = 1e-4               # s; a frame that far from its time is another one (official: tolerance_s)
 
 
@@ -1870,6 +1891,7 @@ class Recorded(torch.utils.data.Dataset):
         return asked or next((known[short.index(name)] for name in usual if name in short), None)
 
     def choose_views(self, cameras):
+        """Find each view's camera: as asked for, by USUAL, in order. No views are asked for: all."""
         short = [re.sub(r"^observation\.(images\.)?", "", key) for key in cameras]
         found = {view: self._column(view, cameras, short) for view in self.views}
         left = [key for key in cameras if key not in found.values()]
@@ -1884,7 +1906,7 @@ class Recorded(torch.utils.data.Dataset):
         base = Path(cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "plainvla").expanduser()
         marks = [(str(path), *_mark(path)) for path in self.files]
         options = {key: x for key, x in self.options.items() if key != "weight"}
-        about = json.dumps([str(self.root), options, self.views, self.chosen, marks])
+        about = json.dumps([TABLE, str(self.root), options, self.views, self.chosen, marks])
         path = base / f"{self.root.name}-{hashlib.sha256(about.encode()).hexdigest()[:16]}.safetensors"
         self.path = path
         try:
@@ -1978,6 +2000,7 @@ class Recorded(torch.utils.data.Dataset):
         return ""
 
     def check(self):
+        """(episode, why) of damage that only a look at every file shows."""
         return ()
 
 
@@ -2588,7 +2611,10 @@ class Rlds(Recorded):
                 raise ValueError(f"{folder}: no features.json in it or one folder below. Of several sets, "
                                  "name one (rlds=DIR/SET), or a mixture (rlds=DIR,mixture=bridge).")
             newest = max(found, key=lambda version: [int(n) for n in re.findall(r"\d+", version)])
-            folder = found.get(VERSIONS.get(folder.name), found[newest])
+            if (wanted := VERSIONS.get(folder.name, newest)) not in found:
+                raise ValueError(f"{folder}: found {', '.join(sorted(found))}; of this set version {wanted} "
+                                 "is wanted, others are broken. Get it, or name a version's folder.")
+            folder = found[wanted]
         set_name = (folder.parent if re.fullmatch(number, folder.name) else folder).name
         self.name, self.open = o["name"] or set_name, Opened(partial(open, mode="rb"))
         with _layout(path := folder / "features.json", self.FORM):
@@ -2626,16 +2652,38 @@ class Rlds(Recorded):
                                 if view in self.views}
         self.action, self.state = o["action"] or entry[3], o["state"] or entry[2]
         o |= {"action": self.action, "state": self.state, "keep": [*entry, ""][4]}     # of the table's name
+        absent = [view for view in ("third", "wrist") if view in self.views and not o[view]]
         cameras = [key.removeprefix("observation/") for key, (dtype, shape, encoded) in self.features.items()
                    if encoded and dtype == "uint8" and shape[-1:] == [3] and key.startswith("observation/")]
+        if absent and entry is not plain:
+            raise ValueError(f"{self.root}: OXE knows no camera for the view {absent[0]!r} of this set, only "
+                             f"{cameras} are there. Choose other views, or name one: {absent[0]}=CAMERA.")
         self.choose_views(cameras)
         self.text = self.find_feature(TEXTS, ("", "observation/"))
         self.keys = {what: {name: self.find_feature([name], where)
                             for name in re.findall(r"[a-zA-Z_][\w/]*(?![\w/(])", recipe)}
                      for what, recipe, where in (("actions", self.action, ("action/", "", "observation/")),
                                                  ("state", self.state, ("observation/", "")))}
+        for what, recipe in (("actions", self.action), ("state", self.state or "0"), ("keep", o["keep"])):
+            try:                                           # with ones for numbers
+                sizes = [len(_cut(np.ones(99), recipe))] if what == "keep" else [
+                    recipe_column(term, partial(self._ones, self.keys[what])).shape[1]
+                    for term in recipe.split()]
+            except (LookupError, ValueError, TypeError, AttributeError, zlib.error):
+                sizes = [0]
+            if not all(sizes or [0]):
+                raise ValueError(f"{self.root}: {what}: cannot be made as {recipe!r} says, of "
+                                 f"{', '.join(self.features)}; see data.py, RLDS, for how it is written.")
+
+    def _ones(self, keys, name):
+        """What `_values` reads of two steps, if all numbers were ones."""
+        dtype, shape, _ = self.features[keys.get(name, name)] if name != "0" else ("float32", [1], False)
+        if dtype in ("string", "bytes"):
+            return [zlib.compress(np.ones(8, "<f4").tobytes())] * 2
+        return np.ones((2, math.prod(shape)), np.float32)
 
     def find_feature(self, names, where):
+        """The first feature of a step called as one of `names`, after one of the prefixes `where`."""
         for key in (before + name for name in names for before in where):
             if key in self.features:
                 return key
@@ -2819,7 +2867,19 @@ def _mixture(root, name, options):
         raise ValueError(f"--data rlds={root},mixture={name}: {len(missing)} of {len(found)} sets are not "
                          f"there: {', '.join(missing)}. Get them, or name those you have: "
                          "rlds=DIR/SET,weight=2+rlds=...")
-    return [("rlds", str(found[key]), {**options, "weight": str(w)}) for key, w in MIXTURES[name].items()]
+    times = _weight(f"rlds={root},mixture={name}", options)
+    return [("rlds", str(found[key]), {**options, "weight": str(w * times)})
+            for key, w in MIXTURES[name].items()]
+
+
+def _weight(spec, options):
+    try:
+        weight = float(options.get("weight", 1))
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise ValueError(f"--data {spec}: weight={options['weight']}: a number above 0 is wanted.")
+    return weight
 
 
 def recorded_sets(spec):
@@ -2844,12 +2904,7 @@ def recorded_dataset(spec, split, views, expect, made, **how):
     for form, folder, options in recorded_sets(spec):
         if not Path(folder).expanduser().is_dir() and form not in (NAME, "robobrain"):
             raise ValueError(f"--data {spec}: {folder} is no folder.")
-        try:
-            weight = float(options.get("weight", 1))
-        except ValueError:
-            weight = math.nan
-        if not 0 < weight < math.inf:
-            raise ValueError(f"--data {spec}: weight={options['weight']}: a number above 0 is wanted.")
+        weight = _weight(spec, options)
         data = made(folder) if form == NAME else RECORDED[form](
             folder, split, views=views, points=expect["action_dim"] == 2, options=options, **how)
         sets += [data] if len(data) else []
@@ -2867,7 +2922,7 @@ def recorded_dataset(spec, split, views, expect, made, **how):
         return None
     if not sets:
         raise ValueError(f"--data {spec}: no episode is left to train on; val=0 keeps all of them for it.")
-    data = Bodies(sets, weights) if len(sets) > 1 else sets[0]
+    data = Bodies(sets, weights) if len(sets) > 1 or weights[0] != 1 else sets[0]
     if len(sets) > 1 and split == "train" and rank_info()[0] == 0:
         shares = np.diff([0, *data.cumulative_sizes]) / len(data)
         print("samples: " + ", ".join(f"{x:.1%} {name}" for x, name in zip(shares, names)), file=sys.stderr)
@@ -2973,6 +3028,7 @@ class LeRobotWriter:
             write_json(self.begun, self.about | {"features": features})
 
     def close(self):
+        """Write tasks, stats.json and info.json: now it is a dataset."""
         if not self.rows:
             return
         pa = _optional("pyarrow", self.folder)
@@ -3206,6 +3262,7 @@ class Checked(torch.utils.data.Dataset):
         return self.draw(index, 0)
 
     def draw(self, index, key):
+        """The checked sample at `index`; of weighted sets, the one that `key` draws there."""
         with _blame(where := f"{self.where}, sample {index}"):
             weighted = isinstance(self.data, Bodies)
             sample = self.data.draw(index, key) if weighted else self.data[index]
@@ -3365,6 +3422,7 @@ def _stream(dataset, prepare, collate, batch, rank, world, seed, start_step):
 # ---- Command line -----------------------------------------------------------------------------------------
 
 def check_sheet(path, folder):
+    """ValueError: --sheet is no PNG, or would be written into the set itself."""
     if path and (Path(path).suffix != ".png" or Path(folder).resolve() in Path(path).resolve().parents):
         raise ValueError(f"--sheet {path}: give a FILE.png that is not in {folder}.")
 
@@ -3442,6 +3500,7 @@ def describe_recorded(folder, form, sheet=None):
 
 
 def build_command(arguments):
+    """python data.py build-manifest ..."""
     parser = Parser("LIBERO's HDF5 -> manifest.jsonl with pictures and statistics, for train.py --data.",
                     prog="data.py build-manifest")
     parser.add_argument("--hdf5", required=True, help="folder with the suites (libero_spatial, ...) in it")
@@ -3455,6 +3514,7 @@ def build_command(arguments):
 
 
 def frames_command(arguments):
+    """python data.py hoi4d-frames ..."""
     parser = Parser("HOI4D's mp4 files -> the frames A0's sets look at.", prog="data.py hoi4d-frames")
     parser.add_argument("--root", required=True, help="HOI4D_release, to go on with after an interruption")
     parser.add_argument("--workers", type=within(0), help="processes that decode (default: one per core)")
@@ -3462,6 +3522,7 @@ def frames_command(arguments):
 
 
 def metadata_command(arguments):
+    """python data.py hoi4d-metadata ..."""
     parser = Parser("HOI4D's masks and events -> the hoi4d_metadata that A0's set of that name reads.",
                     prog="data.py hoi4d-metadata")
     parser.add_argument("--root", required=True, help="folder with HOI4D_annotations, to go on with")
@@ -3471,6 +3532,7 @@ def metadata_command(arguments):
 
 
 def process_command(arguments):
+    """python data.py robobrain-process ..."""
     parser = Parser("AgileX's recordings -> train.jsonl, pictures and statistics, as RoboBrain-X0 has them.",
                     prog="data.py robobrain-process")
     parser.add_argument("annotation", help="JSON: {group: [{raw_task, task, frame, data}, ...]}")
@@ -3492,6 +3554,7 @@ def process_command(arguments):
 
 
 def main():
+    """python data.py --make, or FOLDER, or a command."""
     commands = {"build-manifest": build_command, "hoi4d-frames": frames_command,
                 "hoi4d-metadata": metadata_command, "robobrain-process": process_command}
     if command := commands.get(next(iter(sys.argv[1:]), None)):

@@ -1007,7 +1007,7 @@ def replay(recorded):
     """Play what was executed in a fresh world, and compare: actions, units and states are what they seem.
 
     recorded: as from `recordings`. Returns (a dict per episode: task, seed, success; the largest difference
-    between a recorded state and the one met now, [m] or [rad]).
+    between a recorded state and the one met now, [m] or [rad]). No episode at all is a ValueError.
     """
     rows, worst = [], 0.0
     for families, split, episode in recorded:
@@ -1016,10 +1016,12 @@ def replay(recorded):
         if "sim" not in episode:
             disturb(env, np.random.default_rng([VERSION, episode["seed"], 1]))
         for action, state in zip(episode["executed"], episode["state"]):
-            worst = max(worst, float(np.abs(env.observe()["state"] - state).max()))
+            worst = float(np.maximum(worst, np.abs(env.observe()["state"] - state).max()))     # NaN counts
             env.advance(action)
         rows.append({"task": env.family, "seed": env.seed, "success": env.success()})
         env.close()
+    if not rows:
+        raise ValueError("--replay: the recording holds no episode; record some first.")
     return rows, worst
 
 
@@ -1141,7 +1143,9 @@ class MetaWorld:
         for old in list(self.kept)[:-16]:
             for _, renderers in self.kept[old]:
                 while renderers:
-                    renderers.popitem()[1].close()
+                    close = renderers.popitem()[1].close
+                    atexit.unregister(close)
+                    close()
 
     def advance(self, action):
         """Play one action (4,), or (7,) of the "arm", which takes ten steps."""
@@ -1302,8 +1306,11 @@ class Tape:
 
     def add(self, seen, action):
         """seen: an observation, as from `observe`; action: what is done next."""
+        action = np.asarray(action, np.float32)
+        if getattr(self.env, "gripper", "") and self.env.embodiment != "arm":      # the effort that is played
+            action = np.append(action[:-1], 1 - 2 * action[-1])
         self.seen.append(seen)
-        self.done.append(np.asarray(action, np.float32))
+        self.done.append(action)
         self.path.append(self.env.track())
 
     def episode(self, families):
@@ -1416,16 +1423,18 @@ def _play_in_worker(load, how, wave):
 def _journal(path, about, waves):
     """Cut the journal of an interrupted evaluation `about` the same to its whole waves; return their rows.
 
-    The journal of a finished evaluation, or of another one, is begun anew.
+    The journal of a finished evaluation (its results are not older), or of another one, is begun anew.
     """
     from common import atomic_write
     rows, about = [], json.dumps(about)
+    results = path.with_name(f"results{path.stem.removeprefix('episodes')}.json")
     if path.is_file():
         head, *lines = path.read_text(encoding="utf-8").split("\n")[:-1] or [""]     # no torn last line
         for first, jobs in waves if head == about else ():
             part = [json.loads(line) for line in lines[first:first + len(jobs)]]
             rows += part if len(part) == len(jobs) else []
-        rows = [] if len(rows) == sum(len(jobs) for _, jobs in waves) else rows
+        if results.is_file() and results.stat().st_mtime_ns >= path.stat().st_mtime_ns:
+            rows = [] if len(rows) == sum(len(jobs) for _, jobs in waves) else rows
     text = "".join(f"{line}\n" for line in [about, *map(json.dumps, rows)])
     atomic_write(path, lambda part: part.write_text(text, encoding="utf-8"))
     return rows
@@ -1520,7 +1529,8 @@ def evaluate(model, method, families=DEFAULT_FAMILIES, episodes=200, split="eval
     filmed = sorted(firsts.values())[:10] if out and (model or record or world is Tabletop) else ()
     about = {"suite": sim, "version": VERSION, "split": split, "families": list(families),
              "embodiment": embodiment, "control": control, "start": start, "seed": seed, "batch": batch,
-             "execute": execute, "unnorm_key": unnorm_key, "settings": settings, "checkpoint": checkpoint,
+             "execute": execute, "unnorm_key": unnorm_key, "act": act, "settings": settings,
+             "checkpoint": checkpoint,
              "made_with": made_with(getattr(model, "device", "cpu"), PARTS[sim][0])}
     how = dict(seed=seed, filmed=filmed, record=record and list(families), start=start, split=split, sim=sim,
                control=control, unnorm_key=unnorm_key, execute=execute, embodiment=embodiment,
@@ -1725,6 +1735,7 @@ def print_table(results):
 # ---- Command line -----------------------------------------------------------------------------------------
 
 def flags():
+    """The command line's flags, as a Parser."""
     from common import METHODS, Parser, within
     p = Parser(__doc__, prog="eval_sim.py")
 
@@ -1742,7 +1753,7 @@ def flags():
                       "missing and how it is installed; one picture, a few steps")
 
     sim = p.add_argument_group("simulator")
-    sim.add_argument("--sim", choices=PARTS, default="tabletop", help="which simulator (default: tabletop; "
+    sim.add_argument("--sim", choices=PARTS, help="which simulator (default: tabletop; "
                      f"played are {' and '.join(SIMS)}, of the others --check finds the parts)")
     sim.add_argument("--families", "--tasks", dest="families", help="tabletop: all, or some of "
                      f"{','.join(FAMILIES + PAIRS)} (default: {','.join(DEFAULT_FAMILIES)}; all: the six of "
@@ -1788,6 +1799,7 @@ def parse(argv=None):
     if a.expert and a.control != "expert":
         raise ValueError(f"--expert and --control {a.control}: give one of them.")
     plays, drawn = ("ckpt", "control", "batch", "record", "workers", *policy), ("views", "image_size")
+    asked, a.sim = a.sim, a.sim or "tabletop"
     idle = [(f"--sim {a.sim}", ("fast_render", "gripper") if a.sim == "tabletop" else ("body",))]
     if a.check:
         idle += [("--check", (*plays, "replay", "families", "split", "body", "episodes", "views", "gripper"))]
@@ -1798,6 +1810,8 @@ def parse(argv=None):
         idle += [(f"--control {a.control}", ("gripper", *policy, *(() if a.record else drawn)))]
     else:
         idle += [("an evaluation of --ckpt", drawn), ("--control all", ("record",) * (a.control == "all"))]
+    if a.replay and asked and not a.check:
+        raise ValueError(f"--replay {a.replay} has no use for --sim; leave it out.")
     for run, names in idle:
         if given := [name for name in names if getattr(a, name) is not None]:
             raise ValueError(f"{run} has no use for --{given[0].replace('_', '-')}; leave it out.")
@@ -1858,7 +1872,7 @@ def check(a):
     """Print what the simulator of --sim consists of, and let it draw and move. Returns the exit code."""
     modules, libraries, how = PARTS[a.sim]
     missing = {module: told for module, told in modules.items() if find_spec(module) is None}
-    if libraries and not any(map(find_library, libraries)):
+    if platform.system() == "Linux" and libraries and not any(map(find_library, libraries)):
         missing[" or ".join(f"lib{name}" for name in libraries)] = how
     if a.sim == "metaworld" and not missing:
         import_metaworld()                                            # it chooses MUJOCO_GL
@@ -1884,6 +1898,8 @@ def check(a):
 
 
 def main(argv=None):
+    """python eval_sim.py ...; returns the exit code."""
+    from common import device, pick_attention
     a = parse(argv)
     if a.check:
         return check(a)
@@ -1893,12 +1909,13 @@ def main(argv=None):
         rows, worst = replay(tqdm(recorded, desc="replay", unit="episode"))
         print(f"replayed {len(rows)} recorded episodes: {sum(r['success'] for r in rows)} succeed, "
               f"largest state error {worst:.1e}")
-        return int(worst > 1e-3)                                      # 1: not the world it was recorded in
+        return int(not worst <= 1e-3)                                 # 1: not the world it was recorded in
     method = find_method(a.ckpt, a.model) if a.ckpt else None
     out = a.out or (Path(a.ckpt) / "eval" if a.ckpt and Path(a.ckpt).is_dir() else Path("eval"))
     claim(out)
     model = None if a.control in NO_MODEL else load(a, method)
-    checkpoint = None if model is None else origin(a.ckpt)
+    checkpoint = None if model is None else origin(a.ckpt) | {
+        "preset": a.preset, "tokenizer": a.tokenizer, "attn": pick_attention(a.attn, device(a.device))}
     tasks = ", ".join(a.families) if len(a.families) < 11 else f"{len(a.families)} tasks"
     print(f"{a.episodes} episodes of {tasks}; "
           + (f"body {a.body}; " if a.sim == "tabletop" else f"{a.sim}; ")

@@ -623,7 +623,7 @@ BAD_HDF5 = {
     "nan": (lambda demo: {**demo, "actions": demo["actions"] * np.nan}, r"demo_0: actions is nan at \[0, 0"),
     "six_numbers": (lambda demo: {**demo, "actions": demo["actions"][:, :6]}, r"\(12, 6\), wanted.*\(T, 7\)"),
     "actions_in_a_row": (lambda demo: {**demo, "actions": demo["actions"][:, 0]}, r"float32 \(12,\), wanted"),
-    "group": (lambda demo: {"actions/x": demo["actions"]}, "no recording of LIBERO"),
+    "group": (lambda demo: {"actions/x": demo["actions"]}, "is not as in LIBERO's HDF5"),
 }
 
 
@@ -640,9 +640,18 @@ def test_wrong_inputs_of_a_build_are_one_line(libero, tmp_path, monkeypatch):
     one_line(lambda: build(libero, tmp_path / "out", horizon=0), "horizon=0")
     one_line(lambda: build(libero, tmp_path / "out", horizon=13), "no demonstration has more than 13 frames")
     (libero / "torn.hdf5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99))
-    one_line(lambda: build(libero, tmp_path / "out"), "torn.hdf5 is torn, or no recording")
+    one_line(lambda: build(libero, tmp_path / "out"), "torn.hdf5 is not as in LIBERO's HDF5")
     monkeypatch.setitem(sys.modules, "h5py", None)
-    one_line(lambda: build(libero, tmp_path / "out"), r'h5py is not installed; .* install -e "\.\[hdf5\]"')
+    one_line(lambda: build(libero, tmp_path / "out"), "needs a package; run: pip install h5py")
+
+
+def test_who_stops_early_does_not_wait_for_what_is_being_computed():
+    """Ctrl-C with --workers: one job is done, one runs, others are queued."""
+    jobs = data._in_processes(time.sleep, [0, 20, 20, 20], 1)
+    next(jobs)
+    begin = time.time()
+    jobs.close()
+    assert time.time() - begin < 15
 
 
 @pytest.mark.parametrize("names", [("mins", "maxs"), ("action_mins", "action_maxs")])

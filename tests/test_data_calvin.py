@@ -74,6 +74,16 @@ def test_any_method_opens_it_and_validation_is_its_own_folder(tmp_path):
         data.open_dataset(f"calvin={tmp_path},val=3", **wanted)
 
 
+def test_a_folder_of_training_frames_validates_on_those_beside_it(tmp_path):
+    calvin(tmp_path)
+    assert plain(tmp_path / "training").folder.name == "training"
+    assert plain(tmp_path / "training", "val").folder == plain(tmp_path, "val").folder == tmp_path / "validation"
+    (tmp_path / "validation").rename(tmp_path / "away")
+    for root in (tmp_path, tmp_path / "training"):
+        with pytest.raises(ValueError, match="there is no folder validation, in it or beside it"):
+            plain(root, "val")
+
+
 DAMAGE = {
     "missing": (lambda path: path.unlink(), "FileNotFoundError"),
     "torn": (lambda path: path.write_bytes(path.read_bytes()[:900]), "episode_0000004.npz is not as in CALVIN"),

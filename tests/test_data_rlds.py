@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,19 @@ def test_every_field_of_a_set_that_tensorflow_datasets_wrote(name):
     x = np.concatenate([found.recording(i)["actions"] for i in range(len(found.kept))]).astype(np.float64)
     assert np.allclose(found.stats[name]["action"]["q99"], np.quantile(x, 0.99, 0), rtol=1e-12)
     assert found.stats[name]["action"]["mask"] == [True] * 6 + [False]
+
+
+def test_a_table_of_another_version_is_not_read(monkeypatch):
+    made = reader("kuka").path
+    monkeypatch.setattr(data, "TABLE", data.TABLE + 1)
+    assert reader("kuka").path != made
+
+
+def test_a_camera_that_oxe_does_not_name_is_not_guessed():
+    with pytest.raises(ValueError, match="no camera for the view 'wrist' of this set, only .'image_0', 'image_1'"):
+        reader("bridge_orig", views=("third", "wrist"))
+    named = reader("bridge_orig", views=("third", "wrist"), options={"wrist": "image_1"})
+    assert named.views == {"third": "image_0", "wrist": "image_1"}
 
 
 def test_language_tables_text_is_code_points_and_its_gripper_stays_open():
@@ -225,12 +239,82 @@ def test_trap_9_quaternions_of_furniture_bench_and_iamlab_are_xyzw():
     assert np.allclose(data.quaternion_to_euler(3 * q), angles, atol=2e-4)
 
 
+def part(*cuts):
+    """The state out of parts of `state`: (start, end), or a number of zeros."""
+    return lambda x: cat(*(np.zeros((20, cut)) if isinstance(cut, int) else x["state"][:, slice(*cut)] for cut in cuts))
+
+
+def named(*names):
+    return lambda x: cat(*(np.zeros((20, name)) if isinstance(name, int) else x[name] for name in names))
+
+
+# As openvla's oxe/configs.py (cameras, state) and transforms.py (what `state` is made of) say it
+BRIDGE_STATE, WHOLE, EIGHT = part((0, 6), 1, (-1, None)), part((0, None)), part((0, 8))
+POSE, BOTH = "clip_function_input/base_pose_tool_reached", ("image", "wrist_image")
+CONFIGS = {       # set: primary, wrist camera, state
+    "bridge_orig": ("image_0", "", BRIDGE_STATE), "bridge_dataset": ("image_0", "", BRIDGE_STATE),
+    "bridge": ("image", "", BRIDGE_STATE), "kuka": ("image", "", named(POSE, "gripper_closed")),
+    "fractal20220817_data": ("image", "", named("base_pose_tool_reached", "gripper_closed")),
+    "taco_play": ("rgb_static", "rgb_gripper",
+                  lambda x: cat(x["robot_obs"][:, :6], np.zeros(20), x["robot_obs"][:, 7])),
+    "jaco_play": ("image", "image_wrist", lambda x: cat(
+        x["end_effector_cartesian_pos"][:, :6], np.zeros(20), x["end_effector_cartesian_pos"][:, -1])),
+    "berkeley_cable_routing": ("image", "wrist45_image", named("robot_state", 1)),
+    "roboturk": ("front_rgb", "", named(8)), "toto": ("image", "", named("state", 1)),
+    "viola": ("agentview_rgb", "eye_in_hand_rgb", named("joint_states", "gripper_states")),
+    "berkeley_autolab_ur5": ("image", "hand_image", lambda x: x["robot_state"][:, 6:14]),
+    "language_table": ("rgb", "", named("effector_translation", 6)),
+    "stanford_hydra_dataset": (*BOTH, part((0, 3), (7, 10), 1, (-3, -2))),
+    "austin_buds_dataset": (*BOTH, EIGHT), "utaustin_mutex": (*BOTH, EIGHT),
+    "austin_sailor_dataset": (*BOTH, WHOLE), "austin_sirius_dataset": (*BOTH, WHOLE),
+    "nyu_franka_play_dataset": ("image", "", part((-6, None), 2)),
+    "furniture_bench_dataset": (*BOTH, part((0, 7), (-1, None))),
+    "ucsd_kitchen_dataset": ("image", "", part((0, 7), 1)), "dlr_edan_shared_control": ("image", "", named("state", 1)),
+    "iamlab_cmu_pickup_insert": (*BOTH, part((0, 7), (7, 8))),
+    "berkeley_fanuc_manipulation": (*BOTH, part((0, 6), 1, (6, 7))),
+    "cmu_stretch": ("image", "", part((0, 3), 3, 1, (-1, None))),
+    "bc_z": ("image", "", named("present/xyz", "present/axis_angle", 1, "present/sensed_close")),
+    "fmb_dataset": ("image_side_1", "image_wrist_1", named("eef_pose", "state_gripper_pose")),
+    "dobbe": ("wrist_image", "", WHOLE),
+    **dict.fromkeys([f"libero_{suite}_no_noops" for suite in ("spatial", "object", "goal", "10")], (*BOTH, WHOLE))}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_entry_has_the_official_cameras_and_state(name):
+    third, wrist, wanted = CONFIGS[name]
+    widths = {"state": 13, "robot_obs": 15, "robot_state": 15, "end_effector_cartesian_pos": 7, "joint_states": 7,
+              "base_pose_tool_reached": 7, POSE: 7, "gripper_closed": 1, "gripper_states": 1,
+              "effector_translation": 2, "present/xyz": 3, "present/axis_angle": 3, "present/sensed_close": 1,
+              "eef_pose": 6, "state_gripper_pose": 1}
+    rng = np.random.default_rng(0)
+    x = {key: rng.normal(size=(20, k)).astype(np.float32) for key, k in widths.items()}
+    packed = {key: [zlib.compress(row.tobytes()) for row in x[key]] for key in (POSE, "gripper_closed")}
+    found = recipe(data.OXE[name][2], x | (packed if name == "kuka" else {}))
+    assert data.OXE[name][:2] == (third, wrist) and np.array_equal(found, wanted(x).astype(np.float32))
+    assert len(data.OXE[name]) == 4 + name.startswith("bridge") and {*data.OXE} == {*CONFIGS, "custom_finetuning"}
+
+
 def test_mixtures_are_the_published_ones():
-    weights = {name: sum(sets.values()) for name, sets in data.MIXTURES.items()}
-    counts = {"bridge": (1, 1), "rt_1": (1, 1), "bridge_rt_1": (2, 2), "oxe_magic_soup": (23, 29.57497585143),
-              "oxe_magic_soup_plus_minus": (25, 31.3341046294)}
-    assert {name: (len(data.MIXTURES[name]), pytest.approx(w)) for name, w in weights.items()} == counts
-    assert data.MIXTURES["oxe_magic_soup"]["nyu_franka_play_dataset"] == 3
+    """openvla/openvla, prismatic/vla/datasets/rlds/oxe/mixtures.py, names without _converted_externally_to_rlds."""
+    soup = {
+        "fractal20220817_data": 0.54087122203, "kuka": 0.8341046294, "bridge_orig": 1.0, "taco_play": 2.0,
+        "jaco_play": 1.0, "berkeley_cable_routing": 1.0, "roboturk": 2.0, "viola": 2.0, "berkeley_autolab_ur5": 2.0,
+        "toto": 1.0, "language_table": 0.1, "stanford_hydra_dataset": 2.0, "austin_buds_dataset": 1.0,
+        "nyu_franka_play_dataset": 3.0, "furniture_bench_dataset": 0.1, "ucsd_kitchen_dataset": 2.0,
+        "austin_sailor_dataset": 1.0, "austin_sirius_dataset": 1.0, "dlr_edan_shared_control": 1.0,
+        "iamlab_cmu_pickup_insert": 1.0, "utaustin_mutex": 1.0, "berkeley_fanuc_manipulation": 2.0, "cmu_stretch": 1.0}
+    plus = {
+        "fractal20220817_data": 1.0, "kuka": 0.8341046294, "bridge_orig": 1.0, "taco_play": 2.0, "jaco_play": 1.0,
+        "berkeley_cable_routing": 1.0, "roboturk": 2.0, "viola": 2.0, "berkeley_autolab_ur5": 2.0, "toto": 1.0,
+        "stanford_hydra_dataset": 2.0, "austin_buds_dataset": 1.0, "nyu_franka_play_dataset": 3.0,
+        "furniture_bench_dataset": 0.1, "ucsd_kitchen_dataset": 2.0, "austin_sailor_dataset": 1.0,
+        "austin_sirius_dataset": 1.0, "dlr_edan_shared_control": 1.0, "iamlab_cmu_pickup_insert": 1.0,
+        "utaustin_mutex": 1.0, "berkeley_fanuc_manipulation": 2.0, "cmu_stretch": 1.0, "bc_z": 0.2, "fmb_dataset": 1.0,
+        "dobbe": 0.2}
+    assert data.MIXTURES == {
+        "bridge": {"bridge_orig": 1.0}, "rt_1": {"fractal20220817_data": 1.0},
+        "bridge_rt_1": {"bridge_orig": 1.0, "fractal20220817_data": 1.0}, "oxe_magic_soup": soup,
+        "oxe_magic_soup_plus_minus": plus}
     assert {key for sets in data.MIXTURES.values() for key in sets} <= {*data.OXE}
 
 
@@ -259,12 +343,22 @@ def test_entries_recipes_and_names_of_ones_own(tmp_path):
         shutil.copytree(root / "1.2.0", tmp_path / "bc_z" / version)
     found = reader("bc_z", tmp_path, options={"action": "action", "state": "action"})
     assert found.files[0].parent.name == "0.1.0"           # its later versions are broken
+    shutil.rmtree(tmp_path / "bc_z" / "0.1.0")
+    with pytest.raises(ValueError, match="bc_z: found 1.0.1; of this set version 0.1.0 is wanted"):
+        reader("bc_z", tmp_path, options={"action": "action", "state": "action"})
+    for keep in ("99:", "1:x"):
+        own.write_text(json.dumps({"my_robot": ["image", "", "", "action", keep]}))
+        with pytest.raises(ValueError, match=f"keep: cannot be made as '{keep}' says"):
+            reader("my_robot", tmp_path, options={"sets": str(own)})
     own.write_text('{"my_robot": ["image", 3]}')
     for options, said in (
             ({"like": "bridge_origg"}, "did you mean 'bridge_orig'"), ({"split": "test"}, "split: there is no"),
             ({"action": "actoin"}, "a step has no actoin, only action, "), ({"third": "nose"}, "'nose'"),
             ({"sets": str(own)}, "wanted [third, wrist, state, action], found"), ({"sets": "nowhere"}, "nowhere"),
-            ({"action": "twist(action)"}, "2 of 2 episodes are damaged")):
+            *(({"action": slip}, f"actions: cannot be made as {slip!r} says") for slip in (
+                "twist(action)", "action[3]", "action[:6]1", "1-", "clip(action", "action[:0]",
+                "euler(action[:3])", "zlib(action)")),
+            ({"state": "action action[9:]"}, "state: cannot be made")):
         with pytest.raises(ValueError) as e:
             reader("my_robot", tmp_path, options=options)
         assert said in str(e.value) and "\n" not in str(e.value), options
@@ -287,7 +381,11 @@ def test_a_mixture_reads_its_sets_with_their_weights(tmp_path, capsys):
         (_, folder, options), _ = data.recorded_sets(f"rlds={tmp_path},mixture=mine")
     finally:
         del data.MIXTURES["mine"]
-    assert folder.endswith("hydra_dataset" + data.EXTERNAL) and options == {"weight": "2"}
+    assert folder.endswith("hydra_dataset" + data.EXTERNAL) and options == {"weight": "2.0"}
+    twice = data.recorded_sets(f"rlds={FIXTURE},mixture=bridge_rt_1,weight=0.5")           # its weights, times this
+    assert [options["weight"] for *_, options in twice] == ["0.5", "0.5"]
+    with pytest.raises(ValueError, match="weight=x: a number above 0 is wanted"):
+        data.recorded_sets(f"rlds={FIXTURE},mixture=bridge_rt_1,weight=x")
 
 
 def test_robovlms_official_json_reads_its_mixture(tmp_path):
@@ -306,6 +404,20 @@ def test_robovlms_official_json_reads_its_mixture(tmp_path):
     assert np.array_equal(sample["actions"], wanted["actions"][2:4]) and sample["instruction"] == wanted["instruction"]
     assert len(found(left_pad=False)) == sum(max(0, n - 2) for one in sets for _, n in one.kept)
     assert len(found(data_mix="kuka")) == 3 and found("val") is None       # too few for every 20th
+
+
+def test_weights_act_on_an_official_json_of_several_blocks(tmp_path, monkeypatch):
+    monkeypatch.setitem(data.MIXTURES, "mine", {"bridge_orig": 1 / 3, "fractal20220817_data": 1})
+    path = Path(written(tmp_path, type="OpenVLADataset", data_dir=None, data_root_dir=str(FIXTURE), data_mix="mine"))
+    about = json.loads(path.read_text())
+    block = about["train_dataset"]
+    path.write_text(json.dumps(about | {"train_dataset": [block, block | {"data_mix": "kuka"}]}))
+    found = opened(str(path), views=("third",))
+    assert len(found) == 3 + 8 + 3 and found[13]["dataset"] == "kuka"
+    batches = data.loader(found, lambda sample, key: sample, lambda x: x, len(found))
+    drawn = [sample["actions"].tobytes() for _ in range(12) for sample in next(batches)
+             if sample["dataset"] == "bridge_orig"]
+    assert len(drawn) == 36 and len(set(drawn)) > 3        # every epoch draws another third
 
 
 # ---- Weights, for every form ------------------------------------------------------------------------------
@@ -351,6 +463,8 @@ def test_weights_on_the_command_line_act_on_every_form():
     names = [[(x["dataset"], x["actions"][0, 0]) for x in batch] for batch in batches]
     assert names[0] == names[1] != names[2] and [name for name, _ in names[0]].count("kuka") == 9
     assert len({x for name, x in names[0] if name == "kuka"}) == 3
+    alone = [len(data.open_dataset(f"rlds={FIXTURE}/kuka,val=0,weight={w}", **wanted)) for w in (3, 1, 0.4)]
+    assert alone == [9, 3, 1]                              # of one set alone, too
     for weight in ("0", "-1", "x", "inf"):
         with pytest.raises(ValueError, match=f"weight={weight}: a number above 0 is wanted"):
             data.open_dataset(spec.replace("weight=3", f"weight={weight}"), **wanted)

@@ -599,7 +599,7 @@ def test_checkpoint_is_evaluated_and_named_in_the_results(checkpoint, tmp_path, 
     eval_sim.main(["--ckpt", str(checkpoint), "--unnorm-key", "tabletop", "--episodes", "2",
                    "--families", "pick", "--device", "cpu", "--control", "blank", "--out", str(tmp_path)])
     results = json.loads((tmp_path / "results-blank.json").read_text())
-    assert results["checkpoint"] == {"path": str(checkpoint), **eval_sim.origin(checkpoint)}
+    assert results["checkpoint"] == {**eval_sim.origin(checkpoint), "preset": None, "tokenizer": None, "attn": "sdpa"}
     assert len(results["checkpoint"]["sha256"]) == 64 and results["unnorm_key"] == "tabletop"
     out = capsys.readouterr().out
     assert "of the 8 actions of a chunk" in out and "control: blank" in out and f"film in {tmp_path}" in out
@@ -627,6 +627,7 @@ def ckpt(*flags):
     (["--replay", "tabletop", "--ckpt", "x"], "--replay tabletop has no use for --ckpt"),
     (["--replay", "/nowhere"], "/nowhere has no manifest.json"),
     (["--replay", "/nowhere", "--split", "val"], "--replay /nowhere has no use for --split"),
+    (["--replay", "tabletop", "--sim", "tabletop"], "--replay tabletop has no use for --sim"),
     (["--episodes", "3"], "--ckpt is missing"),
     (["--ckpt", "/nowhere"], "/nowhere: no such file or folder"),
     (["--frames", "3"], "unrecognized arguments: --frames"),

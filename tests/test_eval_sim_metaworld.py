@@ -8,6 +8,7 @@ import math
 import pickle
 import shutil
 import sys
+import weakref
 from ctypes.util import find_library
 from importlib.util import find_spec
 from pathlib import Path
@@ -171,10 +172,13 @@ def test_a_kept_model_changes_nothing(either):
 
 
 def test_only_sixteen_tasks_keep_what_draws_them(stand_in):
+    drawing = []
     for task in list(METAWORLD)[:20]:
         env = world(task)
         env.picture("third")
+        drawing.append(weakref.ref(*env.renderers.values()))
         env.close()
+    assert sum(ref() is not None for ref in drawing) == 16             # nothing else holds those closed
     kept = [renderers for [(_, renderers)] in MetaWorld.kept.values()]
     assert len(kept) == 20 and [len(renderers) for renderers in kept] == [0] * 4 + [1] * 16
 
@@ -367,12 +371,30 @@ def test_interrupted_evaluation_goes_on_to_the_same_numbers(sim, families, numbe
     run("again", Model(numbers))
     run("cut", one := Model(numbers))
     assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "whole")
-    assert {o["instruction"] for o in one.asked} and cut.read_bytes() == journal.read_bytes()
+    assert 0 < len(one.asked) < len(whole.asked) and cut.read_bytes() == journal.read_bytes()
     before = len(one.asked)
     run("cut", one)                                                    # it was finished: this is a new one
     assert len(one.asked) > 2 * before and cut.read_bytes() == journal.read_bytes()
     cut.write_bytes(b"".join(lines[:3]).replace(b'"seed": 0', b'"seed": 7', 1))             # of another one
     assert eval_sim._journal(cut, json.loads(lines[0]), [(0, [0] * 6)]) == []
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(TypeError):      # killed after the last episode
+        patch.setattr(eval_sim, "save", None)
+        run("late", Model(numbers))
+    run("late", idle := Model(numbers))
+    assert not idle.asked and bytes_of(tmp_path / "late") == bytes_of(tmp_path / "whole")
+
+
+def test_what_the_model_is_asked_with_is_in_the_journal_and_the_results(tmp_path):
+    class Warm(Model):
+        def act(self, *args, heat=1.0, **how):
+            return super().act(*args, **how)
+    def run(**act):
+        eval_sim.evaluate(model := Warm(7), ACTS, ("pick",), 2, batch=1, progress=False, out=tmp_path, **act)
+        return len(model.asked)
+    whole = run(heat=2.0)
+    assert json.loads((tmp_path / "results.json").read_text())["act"] == {"heat": 2.0}
+    (journal := tmp_path / "episodes.jsonl").write_text("".join(journal.read_text().splitlines(keepends=True)[:2]))
+    assert run(heat=3.0) == whole                                      # not gone on with: another evaluation
 
 
 def test_recorded_experts_are_samples_with_points_and_play_again(stand_in, tmp_path, capsys):
@@ -490,6 +512,27 @@ def test_bad_flags_are_one_line(argv, message, stand_in, tmp_path, monkeypatch):
     assert len(str(error.value).splitlines()) == 1
 
 
+def test_a_recording_with_gripper_openvla_holds_what_was_played(stand_in, tmp_path, monkeypatch):
+    played, step = [], Env.step
+    monkeypatch.setattr(Env, "step", lambda self, action: played.append(action[3]) or step(self, action))
+    eval_sim.evaluate(Model(last=1.0), ACTS, ("push",), 1, sim="metaworld", record=tmp_path, progress=False,
+                      settings={"gripper": "openvla"})
+    (*_, episode), = eval_sim.recordings(tmp_path)
+    assert set(played) == set(episode["executed"][:, 3]) == {-1}       # open
+    played.clear()
+    eval_sim.replay(eval_sim.recordings(tmp_path))
+    assert set(played) == {-1}
+
+
+def test_a_replay_that_compares_nothing_has_not_passed(monkeypatch):
+    with pytest.raises(ValueError, match="holds no episode"):
+        eval_sim.replay([])
+    families, split, episode = next(iter(eval_sim.recordings("tabletop", ("pick",), episodes=1)))
+    episode["state"][1] = math.nan
+    monkeypatch.setattr(eval_sim, "recordings", lambda *_: [(families, split, episode)])
+    assert eval_sim.main(["--replay", "tabletop"]) == 1
+
+
 def test_replay_of_another_ones_recording_is_one_line(tmp_path):
     (tmp_path / "meta").mkdir()
     (tmp_path / "meta" / "info.json").write_text("{}")
@@ -510,6 +553,7 @@ def test_a_recording_that_went_missing_is_one_line(stand_in, tmp_path):
 
 @pytest.mark.parametrize("sim", eval_sim.PARTS)
 def test_check_says_what_is_missing_and_how_to_install_it(sim, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(eval_sim.platform, "system", lambda: "Linux")
     monkeypatch.setattr(eval_sim, "find_spec", lambda module: None)
     monkeypatch.setattr(eval_sim, "find_library", lambda name: None)
     assert eval_sim.main(["--sim", sim, "--check", "--out", str(tmp_path)]) == 1
@@ -517,6 +561,9 @@ def test_check_says_what_is_missing_and_how_to_install_it(sim, tmp_path, monkeyp
     modules, libraries, _ = eval_sim.PARTS[sim]
     assert len(lines) == len(modules) + bool(libraries)
     assert all("pip install" in line or "apt-get install" in line for line in lines)
+    monkeypatch.setattr(eval_sim.platform, "system", lambda: "Darwin")         # it draws with its own libraries
+    assert eval_sim.main(["--sim", sim, "--check", "--out", str(tmp_path)]) == 1
+    assert "apt-get" not in capsys.readouterr().out
 
 
 def test_check_draws_a_picture_and_steps(tmp_path, capsys, monkeypatch):

@@ -13,9 +13,11 @@ method's Config. The method is MODEL.py, the samples and their order data.py. He
 of five titled paragraphs; above it the flags and the functions that it calls.
 
 OUT/step-000400/   a checkpoint folder (see common.py); with EMA its weights are the average
-    training_state/run.json            the flags and the step
+    training_state/run.json            the flags, the step, and the files of the state:
     training_state/state.safetensors   exp_avg/NAME, exp_avg_sq/NAME, step/NAME of the optimizer; rng/RANK;
                                        weights/NAME where model.safetensors holds something else (EMA, LoRA)
+    .../state-K-of-N.safetensors       instead, of N processes: each writes the rows it holds, in a thread;
+                                       any number of processes can read them
 OUT/last           link to the newest checkpoint
 OUT/metrics.jsonl  a line per status line, the same numbers
 """
@@ -36,8 +38,9 @@ import sys
 import textwrap
 import time
 from ast import literal_eval
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 
 import torch
@@ -46,7 +49,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -57,6 +60,10 @@ from common import METHODS, check_config, choose, within
 
 HERE = Path(__file__).resolve().parent
 NEVER = 2**62                                                  # "no step": larger than any
+WARM_UP = 3                                                    # steps before those that --bench counts
+KEPT = [getattr(torch.ops.aten, name).default for name in (    # --checkpointing selective: not computed again
+    "mm", "addmm", "bmm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu")]
 
 
 # ---- Flags ------------------------------------------------------------------------------------------------
@@ -71,6 +78,8 @@ def flags():
     add("--tokenizer", help="tokenizer folder or hub id (default: the preset's)")
     add("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
     add("--dry-run", action="store_true", help="only one real batch: prompt, shapes, loss, memory")
+    add("--bench", type=within(1), metavar="K", help="only measure: 3 steps, then K timed; writes nothing")
+    add("--synthetic", action="store_true", help="with --bench: one batch again and again, no loader")
 
     add = p.add_argument_group("data").add_argument
     add("--data", help="tabletop, tabletop:all, my_file.py:make_dataset (default: the preset's)")
@@ -91,7 +100,10 @@ def flags():
         help="of the arithmetic, weights stay fp32; auto: bf16 on CUDA, else fp32")
     add("--attn", choices=common.ATTENTION, default="auto", help="attention kernel")
     add("--shard", action="store_true", help="FSDP2: split weights and optimizer over the processes")
-    add("--checkpointing", action="store_true", help="recompute blocks in the backward pass: less memory")
+    add("--checkpointing", nargs="?", const="full", choices=("full", "selective"),
+        help="recompute blocks in the backward pass: less memory; selective: not their matrix products")
+    add("--official-mean", action="store_true",
+        help="mean over processes and passes, not over the tokens (or steps) of all: see Step")
     add("--lora", type=within(0), default=0, metavar="R",
         help="train rank-R adapters of the language model, not its weights; all else as usual; saved merged")
     add("--compile", action="store_true", help="torch.compile, block by block")
@@ -114,14 +126,18 @@ def parse(argv):
     args = p.parse_args(argv)
     choose("--model: there is no method", args.model, METHODS)
     args.out = args.out or Path("runs") / f"{args.model}-{args.preset}"
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and (args.out / "run.json").is_file():
+        begun = common.read_json(args.out / "run.json").get("launch")          # torchrun --max-restarts
+        args.resume |= begun == os.environ["TORCHELASTIC_RUN_ID"]
+        args.overwrite &= not args.resume
     if args.resume:
         if not args.out.is_dir():
             raise ValueError(f"--resume: there is no run in {args.out}. Leave --resume away to start one.")
         found = (checkpoints(args.out) or [None])[-1]
         kept = found / "training_state" / "run.json" if found else args.out / "run.json"
         if kept.is_file():                                     # flags given now override those of the run
-            out, args = args.out, p.parse_args(remembered(p, kept) + (sys.argv[1:] if argv is None else argv))
-            args.out = out
+            now, args = args, p.parse_args(remembered(p, kept) + (sys.argv[1:] if argv is None else argv))
+            args.out, args.resume, args.overwrite = now.out, now.resume, now.overwrite
         elif any(path.name[0] != "." for path in args.out.iterdir()):
             raise ValueError(f"--resume: there is no {kept}, so this is no run. Give another --out, or leave "
                              "--resume away.")
@@ -140,6 +156,12 @@ def parse(argv):
     for name in ("tensorboard", "wandb"):
         if getattr(args, name) and importlib.util.find_spec(name) is None:
             raise ValueError(f"--{name} needs it installed: pip install {name}.")
+    if args.synthetic and not args.bench or args.bench and args.resume:
+        raise ValueError("--synthetic is for measuring: add --bench K." if args.synthetic else
+                         "--bench measures a run of its own: leave --resume away.")
+    if args.bench:
+        cfg = dataclasses.replace(cfg, steps=WARM_UP + args.bench)
+        args.val_every = args.save_every = 0
     if args.lora and cfg.ema:
         raise ValueError("--lora and --ema cannot be combined: no average of adapters is kept. Use --ema 0.")
     return args, module, cfg, found
@@ -217,7 +239,11 @@ def checkpoints(out):
 # ---- The model, and what is wrapped around it -------------------------------------------------------------
 
 class Step(nn.Module):
-    """DDP and FSDP only watch `forward`: calling model.loss past them would train each process alone."""
+    """DDP and FSDP only watch `forward`: calling model.loss past them would train each process alone.
+
+    They take the mean of the processes' gradients. Where a loss is itself a mean, over tokens say, run()
+    first weighs it by their number (the method's `weigh`), so that each token of the step counts the same.
+    """
 
     def __init__(self, model):
         super().__init__()
@@ -314,9 +340,11 @@ def merge_lora(state):
 
 def wrap(model, args, device, dtype, world):
     """Checkpointing and compile per block, then DDP or FSDP2: the module whose forward is the loss."""
+    again = {"context_fn": functools.partial(create_selective_checkpoint_contexts, KEPT)}
+    again = again if args.checkpointing == "selective" else {}
     for block in model.blocks():                               # only forward: FSDP's hooks stay outside
         if args.checkpointing:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **again)
         if args.compile:
             block.forward = torch.compile(block.forward)
     if not args.shard:
@@ -497,9 +525,9 @@ def clean(args, step, about):
 
 def check_same_run(found, args, cfg):
     """Only a run with the same Config, data and global batch can go on; fewer or more steps are fine."""
-    names = ("global_batch", "data", "lora")
+    names = ("global_batch", "data", "lora", "official_mean")
     then = common.read_json(found / "training_state" / "run.json")["args"]
-    saved = common.load_config(found, args.model)["config"] | {name: then.get(name) for name in names}
+    saved = common.load_config(found, args.model)["config"] | {n: then[n] for n in names if n in then}
     now = json.loads(json.dumps(dataclasses.asdict(cfg))) | {name: getattr(args, name) for name in names}
     other = [f"{name}: {saved[name]!r} there, {now[name]!r} now" for name in now
              if name not in ("steps", "batch") and name in saved and saved[name] != now[name]]
@@ -511,8 +539,12 @@ def check_same_run(found, args, cfg):
 @torch.no_grad()
 def restore(found, optimizer, params, device, rank, weights):
     """Put back the optimizer, the draws, and (`weights`) those that are not in model.safetensors."""
-    path = found / "training_state" / "state.safetensors"
-    state = common.load_weights(path)
+    path, parts = found / "training_state", {}
+    for file in common.read_json(path / "run.json").get("state", ["state.safetensors"]):
+        for name, x in common.load_weights(path / file).items():       # memory-mapped: not read yet
+            parts.setdefault(name, []).append(x)               # rows of it, one process after the other
+    state = {name: torch.cat([x.to("meta") for x in xs]) if len(xs) > 1 else xs[0]
+             for name, xs in parts.items()}
     want = {name: torch.get_rng_state() if name[:4] == "rng/" else x for name, x in state.items()
             if "rng/" in name[:11]}
     for name, p in params.items():
@@ -520,13 +552,16 @@ def restore(found, optimizer, params, device, rank, weights):
         want |= moments if moments.keys() & state.keys() else {}
         want |= {f"weights/{name}": p} if weights else {}
     common.check_fit(want, state, path)
+
+    def whole(name):
+        return torch.cat(parts[name]) if len(parts[name]) > 1 else state[name]
     for name, p in params.items():
         for kind in ("step", "exp_avg", "exp_avg_sq"):         # none where there never was a gradient
             if f"{kind}/{name}" in state:
-                value = state[f"{kind}/{name}"]
+                value = whole(f"{kind}/{name}")
                 optimizer.state[p][kind] = value.to(p.device) if kind == "step" else like(p, value)
         if f"weights/{name}" in state:
-            p.copy_(like(p, state[f"weights/{name}"]))
+            p.copy_(like(p, whole(f"weights/{name}")))
     if f"rng/{rank}" in state:                                 # else there are more processes than before
         torch.set_rng_state(state[f"rng/{rank}"])
     if f"device_rng/{rank}" in state and device.type != "cpu":
@@ -534,32 +569,52 @@ def restore(found, optimizer, params, device, rank, weights):
     return int(found.name[5:])
 
 
-def save(args, step, model, optimizer, params, average, device, about, rank, world):
-    """Write OUT/step-NNNNNN, move OUT/last to it. Collective; a failed write ends all, old files intact."""
+def save(args, model, optimizer, params, average, device, rank):
+    """Copies for `write`: of all weights on rank 0, of the rest of what this process holds. Collective."""
     state = {f"{kind}/{name}": x for name, p in params.items()
              for kind, x in optimizer.state.get(p, {}).items()}
     if average or args.lora:
         state |= {f"weights/{name}": p for name, p in params.items()}
-    state = gather(state, keep=rank == 0)
-    draws = {f"rng/{rank}": torch.get_rng_state()}
+    state = {name: local(x).detach().to("cpu", copy=True).contiguous() for name, x in state.items()
+             if rank == 0 or isinstance(x, DTensor)}
+    state[f"rng/{rank}"] = torch.get_rng_state()
     if device.type != "cpu":
-        draws[f"device_rng/{rank}"] = torch.get_device_module(device).get_rng_state()
-    every, problem = [draws] * world, [None]
-    if dist.is_initialized():
-        dist.all_gather_object(every, draws)
+        state[f"device_rng/{rank}"] = torch.get_device_module(device).get_rng_state()
     swap(params, average)
     weights = gather(model.state_dict(), keep=rank == 0)
     swap(params, average)
-    if rank == 0:
+    return weights, state
+
+
+def publish(saving, step, args, rank, world):
+    """Wait until all have written; let OUT/step-NNNNNN appear. Collective; a failed write ends all, old
+    files intact."""
+    problem, staged = saving.exception(), staging(args, step)
+    if problem and not isinstance(problem, OSError):
+        raise problem
+    every = [problem and (problem.strerror or str(problem))] * world
+    if dist.is_initialized():
+        dist.all_gather_object(every, every[0])
+    problem = [next(filter(None, every), None)]
+    if rank == 0 and not problem[0]:
         try:
-            weights = merge_lora(weights) if args.lora else weights
-            write(args, step, model, weights, functools.reduce(dict.__or__, every, state), about)
+            with common.atomic_folder(args.out / f"step-{step:06d}") as part:
+                for name in os.listdir(staged):
+                    os.replace(staged / name, part / name)
+            staged.rmdir()
+            settle(args)
+            put_back(args.out)                                 # the first one: what it replaces may go
         except OSError as e:
             problem = [e.strerror or str(e)]
     if dist.is_initialized():
         dist.broadcast_object_list(problem)
     if problem[0]:
         raise OSError(problem[0]) if rank == 0 else SystemExit(2)      # one process says it
+
+
+def staging(args, step):
+    """Where the files of a checkpoint lie until all of them are written."""
+    return args.out / f".saving-step-{step:06d}.part"
 
 
 def settle(args):
@@ -575,17 +630,17 @@ def settle(args):
         shutil.rmtree(gone, ignore_errors=True)
 
 
-def write(args, step, model, weights, state, about):
-    """The files of one checkpoint, the link, the pruning."""
-    folder = args.out / f"step-{step:06d}"
-    command = f"train.py --model {args.model} --preset {args.preset} --data {args.data}"
-    with common.atomic_folder(folder) as part:
+def write(args, step, model, weights, state, about, rank, world):
+    """A thread's work: this process' files of a checkpoint, and on rank 0 those of the model."""
+    part = staging(args, step)
+    files = [f"state-{i + 1}-of-{world}.safetensors" for i in range(world)]
+    files = files if world > 1 else ["state.safetensors"]
+    common.atomic_write(part / "training_state" / files[rank], functools.partial(save_file, state))
+    if rank == 0:
+        command = f"train.py --model {args.model} --preset {args.preset} --data {args.data}"
+        weights = merge_lora(weights) if args.lora else weights
         model.save_pretrained(part, {"trained with": command, "steps": step}, state=weights)
-        (part / "training_state").mkdir()
-        save_file(state, part / "training_state" / "state.safetensors")
-        common.write_json(part / "training_state" / "run.json", about | {"step": step})
-    settle(args)
-    put_back(args.out)                                         # the first one: what it replaces may go
+        common.write_json(part / "training_state" / "run.json", about | {"step": step, "state": files})
 
 
 # ---- What is measured and printed -------------------------------------------------------------------------
@@ -686,7 +741,29 @@ def stop_if_not_finite(first_bad, names, args, rank, world):
                      f"{kept[0] if kept else 'none'}. Look at that data, or lower the learning rate (--set).")
 
 
-def dry_run(say, wrapped, model, item, trainable, device, precision, args, cfg, world):
+def memory_needed(model, args, cfg, world):
+    """{what: bytes of a process}, all that training keeps but activations."""
+    total, trainable = (sum(p.numel() for p in model.parameters() if p.requires_grad or not only) / (
+        world if args.shard else 1) for only in (False, True))
+    return {"weights": 4 * total, "gradients": 4 * trainable, "AdamW": 8 * trainable,
+            "EMA": 4 * trainable * (cfg.ema > 0)}
+
+
+def check_memory(needed, free, args, device):
+    """ValueError if an accelerator has too little. (A CPU may yet free some, see --dry-run.)"""
+    total = sum(needed.values())
+    if device.type == "cpu" or total < free:
+        return
+    try_these = [] if args.lora else ["--lora 16"]
+    if not args.shard:
+        try_these.append(f"--shard over {math.ceil(1.25 * total / free)} processes")
+    raise ValueError(f"training needs {total / 2**30:.1f} GiB per process for " + ", ".join(
+        f"{name} {x / 2**30:.1f}" for name, x in needed.items() if x) + " and more for activations; "
+        f"{free / 2**30:.1f} are free on {device}. Try {' or '.join(try_these or ['more processes'])}, or a "
+        "smaller preset.")
+
+
+def dry_run(say, wrapped, model, item, needed, device, precision, args, cfg):
     """One batch through loss and gradient: what goes in, what comes out, the memory that a run will take."""
     names, batch = item
     say(f"data      {', '.join(names)}")
@@ -707,10 +784,7 @@ def dry_run(say, wrapped, model, item, trainable, device, precision, args, cfg, 
     say(f"loss      {loss.item():.4f}, finite, and its gradient")
     for p in model.parameters():
         stored.pop(local(p).untyped_storage().data_ptr(), None)
-    parameters, shards = sum(p.numel() for p in model.parameters()), world if args.shard else 1
-    parts = {"weights": 4 * parameters / shards, "gradients": 4 * trainable / shards,
-             "AdamW": 8 * trainable / shards, "EMA": 4 * trainable / shards * (cfg.ema > 0),
-             f"activations of {cfg.batch} samples": sum(stored.values())}
+    parts = needed | {f"activations of {cfg.batch} samples": sum(stored.values())}
     total, free = sum(parts.values()), memory_free(device)
     say("memory    " + " + ".join(f"{name} {x / 2**30:.2f}" for name, x in parts.items() if x)
         + f" = {total / 2**30:.2f} GiB per process; {free / 2**30:.1f} GiB are free on {device}"
@@ -756,9 +830,10 @@ def run(cleanup, args, module, cfg, found):
                          f"{cfg.batch} x {world}; change --batch.")
     if found:
         check_same_run(found, args, cfg)
-    about = {"args": {name: value for name, value in vars(args).items()
-                      if name not in ("out", "resume", "overwrite", "dry_run")}}
-    if rank == 0 and not args.dry_run:
+    about = {"launch": os.environ.get("TORCHELASTIC_RUN_ID"), "args": {
+        name: x for name, x in vars(args).items()
+        if name not in ("out", "resume", "overwrite", "dry_run", "bench", "synthetic")}}
+    if rank == 0 and not (args.dry_run or args.bench):
         claim(args, about)
     if device.type != "cpu" and torch.accelerator.device_count() > 1:
         torch.accelerator.set_device_index(local_rank if device.index is None else device.index)
@@ -776,6 +851,8 @@ def run(cleanup, args, module, cfg, found):
         module.fit(cfg, tokenizer, train, stats)
     common.seed_everything(cfg.seed)                           # the same first weights on every rank
     model = build(module, cfg, args, tokenizer, stats, attn, found)
+    needed = memory_needed(model, args, cfg, world)
+    check_memory(needed, memory_free(device), args, device)
     wrapped = wrap(model, args, device, dtype, world).train()
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = params.values()
@@ -811,14 +888,19 @@ def run(cleanup, args, module, cfg, found):
     say(f"attention {attn}, device {device}, {'bf16' if bf16 else 'fp32'}, {how}; mfu is a share of "
         f"{short(peak)}FLOP/s, measured now")
     if args.dry_run:
-        return dry_run(say, wrapped, model, next(batches), trainable, device, precision, args, cfg, world)
+        return dry_run(say, wrapped, model, next(batches), needed, device, precision, args, cfg)
 
     # ---- ready to write
-    batches, log = chain([next(batches)], batches), None       # they can be read: now the old run may go
-    if rank == 0:
+    first = next(batches)                                      # they can be read: now the old run may go
+    batches, log = (repeat(first) if args.synthetic else chain([first], batches)), None
+    if rank == 0 and not args.bench:
         cleanup.callback(put_back, args.out)
         clean(args, start, about)
         log = cleanup.enter_context(contextlib.closing(Log(args, cfg)))
+    # FAITHFUL: VLA-0 and RoboVLMs train on the mean of their processes' means, whatever these are means over.
+    # Test: test_train_dist.py::test_official_mean_is_that_of_the_processes_means
+    weigh = getattr(module, "weigh", None) if not args.official_mean else None
+    weigh = weigh or (lambda batch: 1)
     checks = held_out(val, args.val_samples, cfg.batch, prepare, collate, rank, world)
     stopped = []                                               # names of signals; more change nothing
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -827,7 +909,8 @@ def run(cleanup, args, module, cfg, found):
     if args.resume:
         say(f"resuming {found} at step {start}" if found else f"no checkpoint in {args.out} yet: from step 0")
     bar = cleanup.enter_context(tqdm(total=cfg.steps, initial=start, disable=rank > 0, unit="step"))
-    first_bad = torch.tensor(NEVER, device=device)
+    first_bad, saving = torch.tensor(NEVER, device=device), None
+    writer = cleanup.enter_context(ThreadPoolExecutor(1))
     step, sums, names, waited, flops, clock = start, {}, {}, 0.0, 0, time.perf_counter()
 
     for step in range(start + 1, cfg.steps + 1):               # `step` are done when this one is
@@ -836,6 +919,12 @@ def run(cleanup, args, module, cfg, found):
         micro = [next(batches) for _ in range(accumulation)]
         waited += time.perf_counter() - before
         names[step] = sorted({name for of_batch, _ in micro for name in of_batch})
+        weights = [float(weigh(batch)) for _, batch in micro]
+        agreed = torch.tensor([sum(weights), bool(stopped), bool(saving and saving.done())],
+                              dtype=torch.float64)
+        if world > 1:                                          # all do the same (CPU, no sync)
+            dist.all_reduce(agreed)
+        everything, stop, written = agreed.tolist()
 
         # ---- forward and backward
         for i, (_, batch) in enumerate(micro):
@@ -847,10 +936,11 @@ def run(cleanup, args, module, cfg, found):
             counter = contextlib.nullcontext() if flops else FlopCounterMode(display=False)
             with precision(), counter:
                 loss, logs = wrapped(to_device(batch, device))
-            (loss / accumulation).backward()
+            share = weights[i] / everything
+            (loss * share * world).backward()
             flops = flops or counter.get_total_flops()         # of one forward pass, counted once
             for name, value in ({"loss": loss.detach()} | logs).items():
-                sums[name] = sums.get(name, 0) + value.float() / accumulation
+                sums[name] = sums.get(name, 0) + value.float() * share
 
         # ---- update
         norm = nn.utils.clip_grad_norm_(params.values(), cfg.grad_clip or math.inf)
@@ -863,21 +953,18 @@ def run(cleanup, args, module, cfg, found):
             decay = min(cfg.ema, (1 + step) / (10 + step))
             decay = module.ema_decay(step - 1, cfg.ema) if hasattr(module, "ema_decay") else decay
             torch._foreach_lerp_(average, [local(p).detach() for p in params.values()], 1 - decay)
-        sums["grad"] = sums.get("grad", 0) + norm
+        sums["grad"] = sums.get("grad", 0) + norm / world
         finite = torch.isfinite(loss.detach()) & torch.isfinite(norm)
         first_bad = torch.where(finite, first_bad, first_bad.clamp(max=step))
 
         # ---- log
-        stop = torch.tensor(int(bool(stopped)))
-        if world > 1:                                          # all leave after the same step (CPU, no sync)
-            dist.all_reduce(stop, dist.ReduceOp.MAX)
-        leave = bool(stop) or step == cfg.steps
-        keep = leave or (args.save_every and step % args.save_every == 0)
+        leave = stop > 0 or step == cfg.steps
+        keep = not args.bench and (leave or (args.save_every and step % args.save_every == 0))
         check = checks and (step == cfg.steps or step % args.val_every == 0)
         bar.update()
-        if step % args.log_every == 0 or keep or check:
+        if leave or keep or check or (step == WARM_UP if args.bench else step % args.log_every == 0):
             stop_if_not_finite(first_bad, names, args, rank, world)
-            means = torch.stack(list(sums.values())) / len(names) / world
+            means = torch.stack(list(sums.values())) / len(names)
             if world > 1:
                 dist.all_reduce(means)
             seconds = (time.perf_counter() - clock) / len(names)
@@ -886,8 +973,9 @@ def run(cleanup, args, module, cfg, found):
                 "lr": optimizer.param_groups[0]["lr"], "ms": seconds * 1e3,
                 "samples_per_s": args.global_batch / seconds, "mfu": model_flops / seconds / peak,
                 "mem_gib": memory_used(device) / 2**30, "data_wait_ms": waited / len(names) * 1e3}
-            if log:
+            if rank == 0:
                 bar.write(status(step, cfg.steps, row))
+            if log:
                 log(step, row)
             sums, names, waited = {}, {}, 0.0
         if check:
@@ -901,9 +989,14 @@ def run(cleanup, args, module, cfg, found):
                 log(step, row)
 
         # ---- save
+        if saving and (keep or written == world):              # in the meantime, threads were writing
+            saving = publish(saving, begun, args, rank, world)
         if keep:
-            save(args, step, model, optimizer, params, average, device, about, rank, world)
+            copies = save(args, model, optimizer, params, average, device, rank)
+            begun, saving = step, writer.submit(write, args, step, model, *copies, about, rank, world)
+            del copies
         if leave:
+            saving = saving and publish(saving, begun, args, rank, world)
             break
         if not names:                                          # saving and validation are no step's time
             clock = time.perf_counter()
@@ -918,6 +1011,10 @@ def run(cleanup, args, module, cfg, found):
         dist.all_reduce(torch.zeros(1))                        # nobody leaves while another needs it
         dist.destroy_process_group()
     if rank:
+        return
+    if args.bench:
+        print(json.dumps({"model": args.model, "preset": args.preset, "processes": world, "batch": cfg.batch,
+                          "steps": args.bench, "synthetic": args.synthetic, "peak_flops": peak, **row}))
         return
     if device.type == "cpu":                                   # the other processes' cores are free now
         torch.set_num_threads(torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

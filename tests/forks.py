@@ -62,6 +62,17 @@ def shared():
     return Forks()
 
 
+def training_state(folder):
+    """{name: tensor} of a checkpoint's training state, whichever number of processes wrote it."""
+    import torch
+    from safetensors.torch import load_file
+    parts, path = {}, Path(folder, "training_state")
+    for file in json.loads((path / "run.json").read_text())["state"]:
+        for name, t in load_file(path / file).items():
+            parts.setdefault(name, []).append(t)
+    return {name: torch.cat(ts) if len(ts) > 1 else ts[0] for name, ts in parts.items()}
+
+
 def become(job, rank, world, port, folder):
     """The forked process: from here on it is `python SCRIPT ARGS` as far as anyone can tell."""
     for fd, name in ((1, "out"), (2, "err")):

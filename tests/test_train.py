@@ -17,6 +17,7 @@ import pytest
 import torch
 import train
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 TOY = '''
 import numpy as np
@@ -59,14 +60,13 @@ def run(tmp_path):
 
 def state(folder, kind):
     """{name: tensor} of one kind ("exp_avg", "weights") in the training state of a checkpoint."""
-    tensors = load_file(folder / "training_state" / "state.safetensors")
-    return {name.partition("/")[2]: t for name, t in tensors.items() if name.startswith(kind + "/")}
+    return {name.partition("/")[2]: t for name, t in forks.training_state(folder).items()
+            if name.startswith(kind + "/")}
 
 
 def same(a, b):
-    """Are all files of tensors of two checkpoints bit-identical?"""
-    for name in ("model.safetensors", "training_state/state.safetensors"):
-        x, y = load_file(a / name), load_file(b / name)
+    """Are all tensors of two checkpoints bit-identical?"""
+    for x, y in zip(*((load_file(c / "model.safetensors"), forks.training_state(c)) for c in (a, b))):
         if x.keys() != y.keys() or not all(torch.equal(x[k], y[k]) for k in x):
             return False
     return True
@@ -76,6 +76,18 @@ def losses(folder):
     """The training loss of every logged step."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows if "loss" in row]
+
+
+class CountOps(TorchDispatchMode):
+    """Counts how often one operation is dispatched."""
+
+    def __init__(self, wanted):
+        super().__init__()
+        self.wanted, self.seen = wanted, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen += func is self.wanted
+        return func(*args, **(kwargs or {}))
 
 
 def relative(a, b):
@@ -105,7 +117,8 @@ def reference(tmp_path_factory):
 
 @pytest.mark.parametrize("flags, world, bound", [
     ("--batch 4", 2, 1e-5), ("--batch 4 --shard", 2, 1e-5), ("--batch 2 --global-batch 8", 1, 1e-5),
-    ("--checkpointing", 1, 1e-5), ("--attn eager", 1, 1e-5), ("--workers 2", 1, 1e-5),
+    ("--checkpointing", 1, 1e-5), ("--checkpointing selective", 1, 1e-5),
+    ("--attn eager", 1, 1e-5), ("--workers 2", 1, 1e-5),
     pytest.param("--shard", 1, 1e-5, marks=pytest.mark.slow),
     pytest.param("--batch 2 --global-batch 8", 2, 1e-5, marks=pytest.mark.slow),
     pytest.param("--batch 2 --global-batch 8 --shard", 2, 1e-5, marks=pytest.mark.slow),
@@ -304,6 +317,45 @@ def test_dry_run_shows_the_prompt_and_writes_nothing(run, tmp_path):
                  "GiB are free", "(8, 1, 16, 16, 3)"):
         assert text in done.out, text
     assert not (tmp_path / "a").exists()
+
+
+def test_checkpointing_keeps_less_and_selective_keeps_products():
+    cfg = dataclasses.replace(cogact.PRESETS["tiny"], llm_depth=2, dino_depth=2, siglip_depth=2, depth=2)
+    kept = {}
+    for kind in (None, "selective", "full"):
+        torch.manual_seed(0)
+        model = cogact.Model(cfg, cogact.load_tokenizer(cfg), None)
+        args = SimpleNamespace(checkpointing=kind, compile=False, shard=False)
+        train.wrap(model, args, torch.device("cpu"), torch.float32, 1)
+        (block, *_), seen = model.llm_backbone.llm.model.layers, []
+        x = torch.randn(1, 9, cfg.llm_width, requires_grad=True)
+        rotary = model.llm_backbone.llm.model.rotary_emb(x, torch.arange(9)[None])
+        products = CountOps(torch.ops.aten.mm.default)
+        out = block(x, position_embeddings=rotary)
+        with products:
+            (out[0] if isinstance(out, tuple) else out).sum().backward()
+        kept[kind] = products.seen
+    assert kept["full"] > kept["selective"] == kept[None]
+
+
+def test_bench_measures_and_writes_nothing(run, tmp_path):
+    for flags in ("--bench 2", "--bench 2 --synthetic"):
+        done = run(f"--out a {flags}")
+        row = json.loads(done.out.splitlines()[-1])
+        assert row["steps"] == 2 and row["ms"] > row["data_wait_ms"] >= 0 and row["mfu"] > 0
+        assert not (tmp_path / "a").exists() and "step 3/5" in done.out and "step 4/5" not in done.out
+    assert row["data_wait_ms"] < 1
+
+
+def test_too_little_memory_is_told_before_the_first_step():
+    args, cfg = SimpleNamespace(shard=False, lora=0), SimpleNamespace(ema=0)
+    needed = train.memory_needed(torch.nn.Linear(2**15, 2**18, bias=False, device="meta"), args, cfg, 8)
+    assert sum(needed.values()) == 16 * 2**33
+    train.check_memory(needed, 150 * 2**30, args, torch.device("cuda"))
+    with pytest.raises(ValueError, match="needs 128.0 GiB .* 24.0 are free .* --lora 16 or --shard over 7"):
+        train.check_memory(needed, 24 * 2**30, args, torch.device("cuda"))
+    sharded = train.memory_needed(torch.nn.Linear(8, 8), SimpleNamespace(shard=True, lora=0), cfg, 8)
+    assert sum(sharded.values()) == 16 * 72 / 8
 
 
 def test_first_lines_say_what_runs(run):

@@ -25,8 +25,9 @@ How a method file is used; train.py, eval_sim.py and serve.py need only these na
                               remembers (a draft, earlier pictures), if the method uses any
     and, where a method has them: read_official_config(path) -> (Config, notes); ema_decay(step, most);
                               fit(cfg, tokenizer, dataset, stats): what the tokenizer learns from the data,
-                              before the first step of a new run; Model.resized, Model.unread: weights that
-                              --init may bring in another shape, or that are not wanted
+                              before the first step of a new run; weigh(batch): of how many things (tokens,
+                              actions) loss(batch) is the mean, on the CPU; Model.resized, Model.unread:
+                              weights that --init may bring in another shape, or that are not wanted
 
 A sample is described at the top of data.py; an observation is one with only images, instruction and state.
 

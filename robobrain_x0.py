@@ -197,11 +197,11 @@ PRESETS = {
         vit_mlp=128, full_attention=(0, 1, 2, 3), llm_width=128, llm_depth=4, llm_heads=4, llm_kv_heads=2,
         llm_mlp=256, llm_init=0.06, vocab=1552, rope_theta=1e4, mrope_section=(4, 6, 6), horizon=4,
         action_dim=14, codes=1024, fast="assets/robobrain_x0_tiny_actions", fast_min=-21, fast_vocab=128,
-        omnisat="assets/robobrain_x0_tiny_actions", entries=128, system="", action_id=512, pad_id=1536, im_start_id=1537, im_end_id=1538,
-        vision_start_id=1539, vision_end_id=1540, image_id=1541, boa_id=1542, eoa_id=1543, split_id=1544,
-        tokenizer="tiny", execute=3, max_words=16, window=4, data="tabletop+tabletop@dual", vision_lr=1.0,
-        lr=1e-3, warmup=50, weight_decay=1e-10, batch=32, steps=1900,
-        init="assets/robobrain_x0_tiny_trunk.safetensors"),
+        omnisat="assets/robobrain_x0_tiny_actions", entries=128, system="", action_id=512,
+        pad_id=1536, im_start_id=1537, im_end_id=1538, vision_start_id=1539, vision_end_id=1540,
+        image_id=1541, boa_id=1542, eoa_id=1543, split_id=1544, tokenizer="tiny", execute=3, max_words=16,
+        window=4, data="tabletop+tabletop@dual", vision_lr=1.0, lr=6e-4, warmup=50, weight_decay=1e-10,
+        batch=32, steps=3400, init="assets/robobrain_x0_tiny_trunk.safetensors"),
 }
 PREDICTS = "actions"              # of a sample; see the top of common.py
 
@@ -1228,6 +1228,11 @@ def collate(prepared, cfg):
     return batch
 
 
+def weigh(batch):
+    """Of how many supervised tokens loss(batch) is the mean."""
+    return len(batch["targets"])
+
+
 # ---- Decoding: the same weights over a cache of fixed size ----------------------------------------------
 
 # twin: vla0.rms_norm
@@ -1510,19 +1515,12 @@ class Model(nn.Module):
                           use_cache=False).last_hidden_state
 
     def loss(self, batch):
-        """Cross-entropy per learnt token of the whole global batch. Returns (scalar, to log).
-
-        DDP then takes the mean over processes, so that a token weighs the same on each of them.
-        """
+        """Mean cross-entropy over the learnt tokens of the batch; over processes and passes too, each token
+        weighs the same (`weigh`). Returns (scalar, to log)."""
         hidden = self(batch).flatten(0, 1)[batch["rows"]]                           # (n, D)
         logits = F.linear(hidden, self.model.embed_tokens.weight).float()           # (n, N); the head is tied
         loss = F.cross_entropy(logits, batch["targets"])
-        log = {"loss": loss.detach(), "clamped": batch["clamped"].float().mean()}
-        if dist.is_initialized() and torch.is_grad_enabled():
-            every = torch.tensor(float(len(hidden)), device=hidden.device)
-            dist.all_reduce(every)
-            loss = loss * len(hidden) * dist.get_world_size() / every
-        return loss, log
+        return loss, {"loss": loss.detach(), "clamped": batch["clamped"].float().mean()}
 
     @contextmanager
     def reading(self):

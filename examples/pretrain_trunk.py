@@ -634,8 +634,8 @@ def save(asker, a, step, seconds, report):
         "hardware": f"{machine}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "seeds": f"tabletop split 'pretrain', {a.scenes} scenes; no training, validation, evaluation seeds",
-        "supervision": "what each patch shows; positions of the things a prompt names, and (in text) the way "
-                       "to them; no expert's actions",
+        "supervision": "what each patch shows; positions of the things a prompt names, and (in text or "
+                       "action codes) the way to them; no expert's actions",
         "dtype": "float16", "error_on_2000_unseen_scenes": report, "licence": "MIT"})
 
 

@@ -913,37 +913,6 @@ def test_image_text_data_mixes_with_action_data():
     assert all(p.grad is not None for p in model.parameters())
 
 
-TWO_PROCESSES = """
-import torch, torch.distributed as dist
-from test_robobrain_x0 import STATS, collate, load_tokenizer, make, prepared, samples, small, x0
-dist.init_process_group("gloo")
-words, rows = load_tokenizer(small()), samples(small(), 40)
-x0.fit(small(), words, rows[:20] if dist.get_rank() else rows[20:], STATS)       # the first one's, for all
-seen = [None, None]
-dist.all_gather_object(seen, words.actions.encode(rows[3]["actions"]))
-assert seen[0] == seen[1]
-model, rank = make(), dist.get_rank()
-batch = prepared(model, [s | {"subtask": "go"} if i == 0 else s for i, s in enumerate(samples(model.cfg, 4))])
-def gradient(part):
-    model.zero_grad()
-    model.loss(collate(part, model.cfg))[0].backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
-mine = gradient(batch[:1] if rank == 0 else batch[1:])
-dist.all_reduce(mine)                                          # as DDP does: the mean of the processes
-dist.destroy_process_group()
-torch.testing.assert_close(mine / 2, gradient(batch), rtol=1e-3, atol=1e-5)
-print("equal")
-raise SystemExit
-"""
-
-
-def test_a_token_weighs_the_same_on_every_process(tmp_path):
-    script = tmp_path / "two.py"
-    script.write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n{TWO_PROCESSES}")
-    done = forks.shared()(str(script), cwd=tmp_path, world=2)
-    assert done.rc == 0 and done.out.strip() == "equal", done.err
-
-
 # ---- Several bodies, and the data's own vocabulary ---------------------------------------------------------
 
 BODIES = {"toy": ("gripper", 7), "toy_dual": ("dual", 14)}

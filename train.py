@@ -103,7 +103,7 @@ def flags():
     add("--checkpointing", nargs="?", const="full", choices=("full", "selective"),
         help="recompute blocks in the backward pass: less memory; selective: not their matrix products")
     add("--official-mean", action="store_true",
-        help="mean over processes and passes, not over the tokens (or steps) of all: see Step")
+        help="mean over processes and passes, not over all tokens: see Step (without weigh: always so)")
     add("--lora", type=within(0), default=0, metavar="R",
         help="train rank-R adapters of the language model, not its weights; all else as usual; saved merged")
     add("--compile", action="store_true", help="torch.compile, block by block")

@@ -1228,6 +1228,7 @@ def collate(prepared, cfg):
     return batch
 
 
+# twin: vla0.weigh
 def weigh(batch):
     """Of how many supervised tokens loss(batch) is the mean."""
     return len(batch["targets"])

@@ -477,6 +477,11 @@ def collate(prepared, cfg):
     return batch
 
 
+def weigh(batch):
+    """Of how many actions, or with the discrete head words, loss(batch) is the mean."""
+    return (batch["labels"] != -100).sum() if "labels" in batch else batch["loss_mask"].sum()
+
+
 # ---- Building blocks --------------------------------------------------------------------------------------
 
 # twin: cogact.constant

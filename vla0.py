@@ -544,6 +544,11 @@ def collate(prepared, cfg):
     return batch
 
 
+def weigh(batch):
+    """Of how many supervised tokens loss(batch) is the mean."""
+    return len(batch["targets"])
+
+
 # ---- Decoding: the same weights over a cache of fixed size ----------------------------------------------
 
 SPACE, END = 10, 11                   # symbols; 0-9 are the digits (Config.legal has their ids)
@@ -837,8 +842,10 @@ class Model(nn.Module):
                           use_cache=False).last_hidden_state
 
     def loss(self, batch):
-        """Mean cross-entropy over the supervised tokens of this process (then, as officially, the mean of the
-        processes). Returns (scalar, to log)."""
+        """Mean cross-entropy over the supervised tokens of the batch. Returns (scalar, to log).
+
+        Over processes, each token weighs the same (`weigh`); officially each process does: --official-mean.
+        """
         hidden = self(batch).flatten(0, 1)[batch["rows"]]                           # (n, D)
         logits = F.linear(hidden, self.model.embed_tokens.weight).float()           # (n, N); the head is tied
         loss = F.cross_entropy(logits, batch["targets"])

@@ -119,15 +119,8 @@ def every_split(method):
     yield pytest.param(method, "accumulated", 2, marks=pytest.mark.long)
 
 
-def skip_without_weigh(method):
-    module = importlib.import_module(method)
-    if method in ("vla0", "robovlms", "robobrain_x0") and not hasattr(module, "weigh"):
-        pytest.skip(f"{method} has no weigh(batch) yet")
-
-
 @pytest.mark.parametrize("method, split, world", [p for method in METHODS for p in every_split(method)])
 def test_gradients_are_those_of_one_process(place, method, split, world):
-    skip_without_weigh(method)
     flags = SPLITS.get(split, "--batch 2")
     one = place(method, f"{method}-one", "--steps 1")
     other = place(method, f"{method}-{split}-{world}", f"--steps 1 {flags}", world)
@@ -137,7 +130,6 @@ def test_gradients_are_those_of_one_process(place, method, split, world):
 
 def test_official_mean_is_that_of_the_processes_means(place):
     """Two processes of six samples, each mean by itself; weighed, tokens count the same (see above)."""
-    skip_without_weigh("vla0")
     two = place("vla0", "official", "--steps 1 --official-mean", 2)
     one = place("vla0", "vla0-one", "--steps 1")
     assert 1e-4 < relative(gradients(one), gradients(two)) < 0.5
@@ -150,7 +142,6 @@ def test_official_mean_is_that_of_the_processes_means(place):
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_checkpoint_of_four_processes_continues_on_one_two_and_three(place, method, split):
-    skip_without_weigh(method)
     flags = f"--steps 13 --save-every 2 --keep 0 {SPLITS[split]}"
     four = place(method, f"{method}-{split}-whole", flags, 4).parent
     assert len(list((four / "step-000002" / "training_state").glob("state-*-of-4.safetensors"))) == 4

@@ -15,7 +15,7 @@ THE SAMPLE: a dict, one per (episode, frame), of numpy arrays and strings; nothi
    loss_mask       (T,) bool                    False beyond the episode's end
    dataset         str                          whose statistics normalize the actions (the unnorm_key)
  optional, for the methods that learn from them:
-   subtask         str                          what is being done now ("reach for the red cube")
+   subtask         str                          what is being done now ("pick up the red cube")
    done            bool                         True: all is done, and subtask may be "" (told two goals)
    unforeseen      bool                         True: loss_mask has holes before the episode's end, where the
                                                 actions answer to what had not happened yet

@@ -53,7 +53,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-VERSION = 1                      # of the simulator and data made with it; a changed pixel or action raises it
+VERSION = 2                      # of data made with the simulator: 2 has other sub-task sentences than 1
+DRAWS = 1                        # of its scenes; a changed pixel or action raises both
 CONTROL_HZ = 5
 STATE_DIM = 8
 FAMILIES = ("pick", "put", "push", "stack", "turn", "side")
@@ -425,7 +426,7 @@ class Tabletop:
         if family not in (None, *FAMILIES, *PAIRS):
             raise ValueError(f"options: family {family!r}; the tabletop knows {', '.join(FAMILIES + PAIRS)}.")
         seed = seeds(self.split, 1, int(self.rng.integers(1_000_000)))[0] if seed is None else int(seed)
-        self.seed, self.rng = seed, np.random.default_rng([VERSION, seed])
+        self.seed, self.rng = seed, np.random.default_rng([DRAWS, seed])
         self.family = family or self.families[self.rng.integers(len(self.families))]
         # of two goals, "put" comes first: that it is done can be seen in any later picture
         plan = ["put", DEFAULT_FAMILIES[self.rng.integers(3)]] if self.family == "two" else [self.family]
@@ -782,17 +783,16 @@ def _toward(env, xy, z, gripper, yaw=0.0, speed=0.04):
 def _grasp(env, x):
     """Come down over x and close."""
     if env.held is not None:                                          # something else is in the hand
-        return _toward(env, env.tcp[:2], env.tcp[2] + 0.04, 1), "let go"
+        return _toward(env, env.tcp[:2], env.tcp[2] + 0.04, 1)
     off = np.hypot(*(x.at[:2] - env.tcp[:2]))
     grasp_z = max(x.at[2] + SHAPES[x.shape].height * 0.45, REACH[0, 2] + 0.006)
     closing = env.gap < MAX_GAP - 1e-6
     if off < 0.013 and abs(env.tcp[2] - grasp_z) < 0.012:
-        return _toward(env, x.at[:2], grasp_z, 0), f"close the gripper on the {x.name}"
+        return _toward(env, x.at[:2], grasp_z, 0)
     if (off > 0.03 or closing) and env.tcp[2] < x.top + 0.022:        # too low to get there: rise
-        return _toward(env, env.tcp[:2], HOVER, 1), f"move above the {x.name}"
+        return _toward(env, env.tcp[:2], HOVER, 1)
     z = grasp_z + np.clip((off - 0.012) * 3.5, 0, HOVER - grasp_z)    # a funnel: lower the closer
-    subtask = f"move above the {x.name}" if off > 0.03 else f"reach for the {x.name}"
-    return _toward(env, x.at[:2], z, 1), subtask
+    return _toward(env, x.at[:2], z, 1)
 
 
 def _release(env, x, y):
@@ -805,30 +805,30 @@ def _release(env, x, y):
     if off > 0.012:
         high = rim + 0.03 + env.tcp[2] - x.at[2]
         if env.tcp[2] < high - 0.02:
-            return _toward(env, env.tcp[:2], high + 0.01, 0), f"lift the {x.name}"
+            return _toward(env, env.tcp[:2], high + 0.01, 0)
         z = max(high - 0.015, env.tcp[2] - 0.03) if off < 0.04 else high
-        return _toward(env, goal, z, 0), f"carry the {x.name} to the {y.name}"
+        return _toward(env, goal, z, 0)
     if env.tcp[2] > low + 0.008:
-        return _toward(env, goal, low, 0), f"lower the {x.name}"
-    return _toward(env, env.tcp[:2], low, 1), f"release the {x.name}"
+        return _toward(env, goal, low, 0)
+    return _toward(env, env.tcp[:2], low, 1)
 
 
 def _shove(env, x, side):
     """Come down beside x with closed fingers, push it to `side` for as long as it takes."""
     s = 1.0 if side == "left" else -1.0
     if env.held is not None:
-        return _toward(env, env.tcp[:2], env.tcp[2] + 0.02, 1), "let go"
+        return _toward(env, env.tcp[:2], env.tcp[2] + 0.02, 1)
     along, across = (env.tcp[1] - x.at[1]) * s, env.tcp[0] - x.at[0]
     behind = x.at[:2] - np.array([0, s * (x.radius + 0.034)])
     in_line = -(x.radius + 0.075) < along < -(x.radius + 0.008) and abs(across) < 0.016
     if in_line and env.tcp[2] < 0.034:
         goal = [x.at[0], env.tcp[1] + s * 0.035]
-        return _toward(env, goal, 0.020, 0), f"push the {x.name} to the {side}"
+        return _toward(env, goal, 0.020, 0)
     off = np.hypot(*(behind - env.tcp[:2]))
     if off > 0.02 and env.tcp[2] < x.top + 0.022:
-        return _toward(env, env.tcp[:2], HOVER, 0), f"move beside the {x.name}"
+        return _toward(env, env.tcp[:2], HOVER, 0)
     z = 0.020 + np.clip((off - 0.014) * 3.5, 0, HOVER - 0.020)
-    return _toward(env, behind, z, 0), f"move beside the {x.name}"
+    return _toward(env, behind, z, 0)
 
 
 def _spin(env, x, side):
@@ -837,23 +837,23 @@ def _spin(env, x, side):
         return _grasp(env, x)
     yaw = 1.3 if side == "left" else -1.3
     if abs(env.rpy[2] - yaw) > 0.12:
-        return _toward(env, env.tcp[:2], env.tcp[2], 0, yaw), f"turn the {x.name} {side}"
-    return _toward(env, env.tcp[:2], env.tcp[2], 1, yaw), f"release the {x.name}"
+        return _toward(env, env.tcp[:2], env.tcp[2], 0, yaw)
+    return _toward(env, env.tcp[:2], env.tcp[2], 1, yaw)
 
 
 def _work(env):
-    """What the working arm does for the present goal: (action (7,), sub-task sentence)."""
+    """What the working arm does for the present goal: its action (7,)."""
     family, x, y, side, _ = env.goals[env.now]
     held = env.held is not None and env.held[0] is x
     if env.success():                                                 # afterwards: move away, or hold it up
         if family == "pick":
-            return _toward(env, env.tcp[:2], min(env.tcp[2] + 0.02, 0.20), 0), f"hold the {x.name}"
-        return _toward(env, env.tcp[:2], HOVER + 0.03, family != "push", env.rpy[2]), "move away"
+            return _toward(env, env.tcp[:2], min(env.tcp[2] + 0.02, 0.20), 0)
+        return _toward(env, env.tcp[:2], HOVER + 0.03, family != "push", env.rpy[2])
     for done in (goal.x for goal in env.goals[:env.now]):             # fingers are still around it: leave it
         if np.hypot(*(done.at - env.tcp)[:2]) < 0.03 and env.tcp[2] < done.top + 0.03 and env.held is None:
-            return _toward(env, env.tcp[:2], HOVER, 1), "move away"
+            return _toward(env, env.tcp[:2], HOVER, 1)
     if family == "pick":
-        return (_toward(env, env.tcp[:2], 0.16, 0), f"lift the {x.name}") if held else _grasp(env, x)
+        return _toward(env, env.tcp[:2], 0.16, 0) if held else _grasp(env, x)
     if family == "push":
         return _shove(env, x, side)
     if family == "turn":
@@ -861,17 +861,25 @@ def _work(env):
     return _release(env, x, y) if held else _grasp(env, x)
 
 
-def expert(env):
-    """The scripted expert: (action float64, (7,) per arm; sub-task sentence) for the present state of `env`.
+def subtask(env):
+    """The sub-task at the present state, in words: what is to be reached next, the way there included.
 
-    Of two goals the sentence is the present one itself, and "" when both are reached.
+    Of two goals it is the present one itself, and "" when both are reached.
     """
-    action, sentence = _work(env)
+    goal = env.goals[env.now]
     if len(env.goals) > 1:
-        sentence = "" if env.success() else env.goals[env.now].words()
+        return "" if env.success() else goal.words()
+    if goal.y is None or env.success() or env.held is not None and env.held[0] is goal.x:
+        return goal._replace(phrase=PHRASES[goal.family][0]).words()
+    return f"pick up the {goal.x.name}"
+
+
+def expert(env):
+    """The scripted expert: (action float64, (7,) per arm; `subtask`) for the present state of `env`."""
+    action = _work(env)
     # an arm without work stays where it is, open; after work it rises first
     waiting = [np.array([0, 0, np.clip(HOVER - arm.tcp[2], 0, 0.04), 0, 0, 0, 1.0]) for arm in env.arms]
-    return np.concatenate(waiting[:env.arm] + [action] + waiting[env.arm + 1:]), sentence
+    return np.concatenate(waiting[:env.arm] + [action] + waiting[env.arm + 1:]), subtask(env)
 
 
 # ---- Episodes of the expert, with mistakes to recover from ------------------------------------------------
@@ -913,7 +921,7 @@ def record_episode(seed, families=DEFAULT_FAMILIES, split="train", views=("third
     state       float32 (N, 8)        per arm, as the next two
     actions     float32 (N, 7)        what the expert would do at each frame
     executed    float32 (N, 7)        what was done; it differs where the arm was bumped
-    subtasks    N strings             what the expert is doing (of two goals: see `expert`)
+    subtasks    N strings             what is to be reached next, see `subtask`
     waypoints   float32 (N, 5, 2)     x right, y down, [0, 1] of the third-person picture (beyond: outside):
                                       X's middle at contact (or now, if that is past) and four later points of
                                       its path, equally spaced in time, the last as its goal is reached
@@ -921,14 +929,14 @@ def record_episode(seed, families=DEFAULT_FAMILIES, split="train", views=("third
     """
     env = Tabletop(families, split, views, image_size, embodiment)
     env.lay_out(seed)
-    rng = np.random.default_rng([VERSION, seed, 1])
+    rng = np.random.default_rng([DRAWS, seed, 1])
     if not clean:
         disturb(env, rng)
     frames, states, actions, executed, subtasks, path = {v: [] for v in views}, [], [], [], [], []
     left, bump = AFTER, 0
     while left and env.count < env.max_steps * 2:                     # a recovery may take longer
         seen = env.observe()
-        action, subtask = expert(env)
+        action, words = expert(env)
         done = action.copy()
         bump, own = bump - 1 if bump else 2 * (not clean and rng.random() < BUMP), done[7 * env.arm:]
         if bump:                                                      # a push; one in ten: the gripper too
@@ -939,7 +947,7 @@ def record_episode(seed, families=DEFAULT_FAMILIES, split="train", views=("third
         states.append(seen["state"])
         actions.append(action)
         executed.append(done)
-        subtasks.append(subtask)
+        subtasks.append(words)
         path.append(env.track())
         env.advance(done)
         left -= bool(env.success() or left < AFTER)
@@ -1014,7 +1022,7 @@ def replay(recorded):
         env = SIMS[episode.get("sim", "tabletop")](families, split, (), embodiment=episode["embodiment"])
         env.lay_out(episode["seed"])
         if "sim" not in episode:
-            disturb(env, np.random.default_rng([VERSION, episode["seed"], 1]))
+            disturb(env, np.random.default_rng([DRAWS, episode["seed"], 1]))
         for action, state in zip(episode["executed"], episode["state"]):
             worst = float(np.maximum(worst, np.abs(env.observe()["state"] - state).max()))     # NaN counts
             env.advance(action)

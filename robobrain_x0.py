@@ -1904,7 +1904,7 @@ def demo():
     cfg, rng, start = configure(PRESETS["tiny"], fast="fit"), np.random.default_rng(0), time.time()
     stats = {"synthetic": {"action": {"q01": [-0.1] * 6 + [0], "q99": [0.1] * 6 + [1]}}}
     samples = [{"images": {"third": np.full((96, 96, 3), rgb, np.uint8)}, "dataset": "synthetic",
-                "instruction": f"pick up the {colour} cube", "subtask": f"reach for the {colour} cube",
+                "instruction": f"pick up the {colour} cube", "subtask": f"pick up the {colour} cube",
                 "actions": np.tile(np.append(rng.uniform(-0.1, 0.1, 6), gripper), (cfg.horizon, 1))}
                for colour, rgb, gripper in (("red", (255, 0, 0), 0), ("green", (0, 160, 0), 1))]
     model = Model(cfg, load_tokenizer(cfg), stats)

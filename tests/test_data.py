@@ -164,7 +164,7 @@ def test_default_set_is_the_same_to_the_byte(tmp_path):
     made = contents(data.tabletop("train", 2, ("pick", "turn"), ("third", "wrist"), 16, cache=tmp_path,
                                   workers=0).folder)
     digest = hashlib.sha256(b"".join(made[name] for name in sorted(made))).hexdigest()
-    assert digest == "4482cdaf5acfb024595293606a48a1bbaac15a00c13956256ebb2bcb9aebc2b0"
+    assert digest == "f1409bb4615cebbf89c5638ea528244359e248599db168d6f075526e79b4a862"
 
 
 def test_index_runs_through_all_frames_of_all_episodes(small):

@@ -224,7 +224,23 @@ def test_record_reports_what_other_methods_learn_from():
     env.reset(11)
     end = env.third.project(env.y.at, 1, 1)
     assert np.abs(r["waypoints"][0, -1] - end).max() < 0.1                  # the path ends at the container
-    assert "release" in " ".join(r["subtasks"])
+    x, y = env.x.name, env.y.name
+    phases = [words for words, _ in itertools.groupby(r["subtasks"])]
+    assert phases[-2:] == [f"pick up the {x}", f"put the {x} {'in' if y == 'box' else 'on'} the {y}"]
+    assert not r["actions"][r["subtasks"].index(phases[-1]), 6]             # it is in the hand from there on
+
+
+@pytest.mark.parametrize("family, first", [("pick", "pick up the"), ("push", "push the"), ("turn", "turn the"),
+                                           ("stack", "pick up the"), ("side", "pick up the")])
+def test_subtasks_are_named_alike_however_the_task_is_told(family, first):
+    for s in seeds("hard", 4):                                              # phrases of no recording
+        env = Tabletop((family,), "hard", (), 16)
+        env.lay_out(s)
+        words = eval_sim.subtask(env)
+        assert words.startswith(f"{first} {env.x.name}") and words != env.instruction
+        while not env.success():
+            env.advance(expert(env)[0])
+        assert eval_sim.subtask(env).split()[0] == eval_sim.PHRASES[family][0].split()[0]
 
 
 @pytest.mark.parametrize("size", [(48, 80), (64, 64)])
@@ -262,16 +278,16 @@ def test_expert_solves_97_percent_with_either_body(family, embodiment):
 
 
 def test_recorded_episodes_of_the_first_body_never_change():
-    """The figures of README stand on these bytes: VERSION must rise with them."""
+    """The figures of README stand on these bytes: DRAWS must rise with them."""
     digest = hashlib.sha256()
     for seed in (*seeds("train", 3), *seeds("hard", 2)):
         split = SPLITS[seed // 1_000_000]
         r = record_episode(seed, FAMILIES, split, ("third", "wrist"), 24)
         for part in (r["state"], r["actions"], r["executed"], r["waypoints"], *r["images"].values()):
             digest.update(part.tobytes())
-        digest.update(json.dumps([r["instruction"], r["family"], r["subtasks"], seed]).encode())
-    assert eval_sim.VERSION == 1 and digest.hexdigest() == (
-        "c7883b9d5de475c960c81b2e099f2ca04ec193a616536578d6612818391c37bc")
+        digest.update(json.dumps([r["instruction"], r["family"], seed]).encode())
+    assert eval_sim.DRAWS == 1 and digest.hexdigest() == (
+        "f4d851ccca9997752ccd667a44876d4846cb989ce3b55e5a7942364c20844425")
 
 
 def test_the_arm_on_the_side_of_x_works_and_the_other_one_waits():

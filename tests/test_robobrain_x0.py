@@ -799,6 +799,20 @@ def test_tokenizers_are_compared_and_kept_by_one_command(tmp_path, capsys, monke
         example("action_tokens", monkeypatch, "--data", tmp_path / "no.npy")
 
 
+def test_four_numbers_of_metaworld_are_an_arm_that_does_not_turn(monkeypatch):
+    tool, rng = example("action_tokens", monkeypatch), np.random.default_rng(0)
+    rows = [{"actions": rng.uniform(-1, 1, (30, 4)), "dataset": "mt10"} for _ in range(40)]
+    stats = {"mt10": {"action": {"q01": [-1, -1, -1, 0], "q99": [1, 1, 1, 1], "mask": [True] * 4}}}
+    monkeypatch.setattr(tool.data, "open_dataset", lambda *args, **how: rows)
+    monkeypatch.setattr(tool.data, "dataset_statistics", lambda rows: stats)
+    (x, s), *_ = tool.of_dataset("lerobot=mt10", 40)[0]
+    arm = x0.denormalize(x, s)                                              # (30, 7)
+    np.testing.assert_allclose(arm[:, :3] * 100, rows[0]["actions"][:, :3], atol=1e-9)      # 1 is 1 cm
+    assert np.abs(arm[:, 3:6]).max() < 1e-9 and (arm[:, 6] >= 0).all()
+    with pytest.raises(ValueError, match="has 4 numbers.*Leave --out out"):
+        example("action_tokens", monkeypatch, "--data", "lerobot=mt10", "--out", "x")
+
+
 # ---- Prompts, conversations, answers ----------------------------------------------------------------------
 
 @pytest.mark.parametrize("robot", SERVED)

@@ -57,7 +57,7 @@ import time
 import traceback
 import zlib
 from collections import Counter, OrderedDict, deque
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -176,10 +176,10 @@ def match_views(images, views):
         return side[0] if side else "wrist" if re.search("wrist|gripper|hand", name.lower()) else "other"
 
     check_count(images)
-    found = {}
+    kinds, found = {name: kind(name) for name in (*images, *views)}, {}
     for view in views:
-        rivals = [v for v in views if v not in images and kind(v) == kind(view)]
-        alike = [name for name in images if name not in views and kind(name) == kind(view)]
+        rivals = [v for v in views if v not in images and kinds[v] == kinds[view]]
+        alike = [name for name in images if name not in views and kinds[name] == kinds[view]]
         if view not in images and (len(rivals), len(alike)) != (1, 1):
             names = sorted(name[:100] for name in images)
             raise Refused(400, f"there are the pictures {names}, this model looks at {list(views)}; which "
@@ -189,6 +189,7 @@ def match_views(images, views):
 
 
 def check_count(images):
+    """Refuse more than MAX_IMAGES."""
     if len(images) > MAX_IMAGES:
         raise Refused(413, f'"images" holds {len(images)} images, at most {MAX_IMAGES} are taken.')
 
@@ -274,9 +275,13 @@ class Times:
         self.count, self.sum = self.count + 1, self.sum + ms
 
 
-def idle(known):
-    """Seconds since the first of an OrderedDict, whose values end with that time, was used."""
-    return time.monotonic() - next(iter(known.values()))[-1]
+def expire(known, most):
+    """Drop the first of an OrderedDict, whose values end with when they were used, until there are at most so
+    many, all used within SESSION_SECONDS -> what was dropped."""
+    gone = []
+    while len(known) > most or known and time.monotonic() - next(iter(known.values()))[-1] > SESSION_SECONDS:
+        gone.append(known.popitem(last=False)[1])
+    return gone
 
 
 class Service:
@@ -301,6 +306,7 @@ class Service:
             unnorm_key, = model.stats
         self.unnorm_key, self.execute = unnorm_key, execute
         self.waiting, self.came, self.stopped = deque(), threading.Condition(), False
+        self.pool = ThreadPoolExecutor(2 * MAX_SESSIONS, "request")          # threads that read and wait
         self.draining, self.under_way = False, 0     # SIGTERM came; requests that are not answered yet
         self.times = {"": Times()}                   # of paths: from request to answer; "": of the model
         self.asked, self.errors, self.flaws = 0, Counter(), Counter()        # observations, statuses, kinds
@@ -343,6 +349,10 @@ class Service:
 
     # -- the model's thread, and its queue
 
+    def aside(self, function, *args):
+        """function(*args) in a thread of its own -> what the event loop awaits for its result."""
+        return asyncio.get_running_loop().run_in_executor(self.pool, function, *args)
+
     def queue(self, job):
         """Put a job into the queue -> its future."""
         with self.came:
@@ -357,10 +367,11 @@ class Service:
         return self.queue(Job(once(function))).result()[0]
 
     def stop(self):
-        """End the model's thread, after what waits."""
+        """End the threads, after what waits."""
         with self.came:
             self.stopped = True
             self.came.notify()
+        self.pool.shutdown(wait=False)
 
     def run(self):
         """Answer what waits, in order. What came while the model was busy goes together, if it is alike;
@@ -426,8 +437,7 @@ class Service:
         chunk, info = (yield policy.ask(observation)) if policy.needs_chunk else (None, {})
         action = policy.step(observation, chunk)                             # (A,)
         self.sessions[session] = (key, instruction), policy, time.monotonic()        # at the end: the newest
-        while len(self.sessions) > MAX_SESSIONS or idle(self.sessions) > SESSION_SECONDS:
-            self.sessions.popitem(last=False)
+        expire(self.sessions, MAX_SESSIONS)
         return action[None], info if chunk is None else {**info, "chunk": chunk}
 
     def answer(self, observation, key=None, mode="chunk", session=None):
@@ -573,8 +583,7 @@ class Service:
         with self.came:
             old = [self.sims.pop(body["sim"])] if body.get("sim") in self.sims else []
             self.sims[name] = env, threading.Lock(), time.monotonic()
-            while len(self.sims) > MAX_SIMS or idle(self.sims) > SESSION_SECONDS:
-                old.append(self.sims.popitem(last=False)[1])
+            old += expire(self.sims, MAX_SIMS)
         for gone, *_ in old:
             self.forget(gone)
         return self.sim_view(name, env)
@@ -669,6 +678,7 @@ def from_json(value):
 
 
 def to_json(array):
+    """Array -> json-numpy."""
     return {"__numpy__": base64.b64encode(array.tobytes()).decode(), "dtype": array.dtype.str,
             "shape": list(array.shape)}
 
@@ -739,6 +749,7 @@ def vla0_request(service, asked):
 
 
 def vla0_predict(service, asked):
+    """The chunk as a list of lists."""
     return service.ask(asked, *vla0_request(service, asked))[0].tolist()
 
 
@@ -796,6 +807,7 @@ def robobrain_infer(service, asked):
 
 
 def robobrain_health(service, asked):
+    """The official GET /health, with the GPU's memory."""
     import torch
     gpu, gib = None, 2**30
     if service.model.device.type == "cuda":
@@ -807,6 +819,7 @@ def robobrain_health(service, asked):
 
 
 def robobrain_info(service, asked):
+    """The official GET /info."""
     return service.method.service_info(service.cfg.robot, service.cfg.subtask, service.info["checkpoint"])
 
 
@@ -897,6 +910,7 @@ def vla_eval(service, asked):
 
 
 def healthy(service, asked):
+    """The answer to GET /healthz and, in other formats, /health: whoever hears it may ask for actions."""
     return {"status": "ok"}
 
 
@@ -912,6 +926,7 @@ def page(service, asked):
 
 
 def metrics(service, asked):
+    """The answer to GET /metrics, for Prometheus."""
     from fastapi import Response
     return Response(service.metrics(), media_type="text/plain; version=0.0.4")
 
@@ -959,23 +974,22 @@ async def read_body(request, form="application/json"):
     # Browsers post any other type to any address without asking first: a web page must not move the robot.
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != form:
         raise Refused(415, f"send the header Content-Type: {form}.")
-    body, size = bytearray(), 0
 
     async def read():
-        nonlocal size
+        body, size = bytearray(), 0
         async for part in request.stream():
             size += len(part)
             if size <= MAX_BODY:
                 body.extend(part)
             elif size > 4 * MAX_BODY:        # up to here: read and dropped, so that the client hears of it
-                return
+                break
+        if size > MAX_BODY:
+            raise Refused(413, f"the body is larger than {MAX_BODY:,} bytes; send smaller images, or JPEG.")
+        return bytes(body)
     try:
-        await asyncio.wait_for(read(), BODY_SECONDS)
+        return await asyncio.wait_for(read(), BODY_SECONDS)
     except (asyncio.TimeoutError, ClientDisconnect) as e:
         raise Refused(408, f"the request did not arrive within {BODY_SECONDS} s.") from e
-    if size > MAX_BODY:
-        raise Refused(413, f"the body is larger than {MAX_BODY:,} bytes; send smaller images, or JPEG.")
-    return bytes(body)
 
 
 def check_caller(headers, token=None):
@@ -998,7 +1012,7 @@ def check_caller(headers, token=None):
         raise Refused(401, "send the header Authorization: Bearer TOKEN (this server's --token).")
 
 
-async def lines(rows):
+async def lines(service, rows):
     """A generator of JSON values, run in a thread, -> async generator of lines. No reader holds it up, slow
     or gone. What goes wrong before the first line is raised, later it is the last line."""
     queue, loop = asyncio.Queue(), asyncio.get_running_loop()
@@ -1021,7 +1035,7 @@ async def lines(rows):
             yield json.dumps({"error": str(row)} if error else row, allow_nan=False) + "\n"
             row = None if error else await queue.get()
 
-    loop.run_in_executor(None, work)
+    service.aside(work)
     first = await queue.get()
     if isinstance(first, Refused):
         raise first
@@ -1031,14 +1045,13 @@ async def lines(rows):
 async def converse(websocket, service, talk):
     """One connection: frames in, frames out, in order. It is a session; what belongs to it goes with it."""
     from fastapi import WebSocketDisconnect
-    from fastapi.concurrency import run_in_threadpool
     session, query, raw = object(), dict(websocket.query_params), None     # the server may speak first
     await websocket.accept()
     try:
         while True:
             start, service.under_way = time.perf_counter(), service.under_way + 1
             try:
-                answer = await run_in_threadpool(talk, service, Asked(raw, query, session=session))
+                answer = await service.aside(talk, service, Asked(raw, query, session=session))
                 if answer is not None:
                     await (websocket.send_text if isinstance(answer, str) else websocket.send_bytes)(answer)
             finally:
@@ -1054,22 +1067,21 @@ async def converse(websocket, service, talk):
     except WebSocketDisconnect:                                              # it left before its answer
         return
     finally:
-        await run_in_threadpool(service.forget, session)
+        await service.aside(service.forget, session)
 
 
 def add_route(app, service, reply, verb, path, answer):
     """A route of the tables OURS and WIRES."""
     from fastapi import Request, Response, WebSocket
-    from fastapi.concurrency import run_in_threadpool
     from fastapi.responses import StreamingResponse
 
     async def route(request: Request):
         raw = await read_body(request, FORMS.get(answer, "application/json")) if verb == "POST" else b""
         asked = Asked(raw, dict(request.query_params), request.headers.get("content-type", ""))
         if inspect.isgeneratorfunction(answer):
-            return StreamingResponse(await lines(answer(service, asked)), media_type=NDJSON)
+            return StreamingResponse(await lines(service, answer(service, asked)), media_type=NDJSON)
         # whoever looks (GET) need not wait for a thread, which may all wait for the model
-        value = answer(service, asked) if verb == "GET" else await run_in_threadpool(answer, service, asked)
+        value = answer(service, asked) if verb == "GET" else await service.aside(answer, service, asked)
         if isinstance(value, Response):
             return value
         return reply(*value[::-1]) if isinstance(value, tuple) else reply(value)
@@ -1193,6 +1205,7 @@ def bind(host, port):
 
 
 def main():
+    """The script: flags -> a loaded model -> a server, until SIGTERM or ctrl-c. ValueError: what is wrong."""
     p = Parser(__doc__)
     what = p.add_argument_group("what")
     what.add_argument("--ckpt", required=True, help="checkpoint folder, official release, or hub id")

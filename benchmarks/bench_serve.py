@@ -67,18 +67,21 @@ def server(model):
 # ---- Robots: each connects once, then asks(images) -> (actions (T, A), the model's milliseconds or None) ---
 
 def encoded(image, form, **how):
+    """base64 of a PNG or JPEG file."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, form, **how)
     return base64.b64encode(file.getvalue()).decode()
 
 
 def saved(image):
+    """base64 of np.save's bytes."""
     file = io.BytesIO()
     np.save(file, image)
     return base64.b64encode(file.getvalue()).decode()
 
 
 def numbers(image):
+    """json-numpy."""
     return {"__numpy__": base64.b64encode(image).decode(), "dtype": "|u1", "shape": image.shape}
 
 
@@ -99,12 +102,14 @@ def http_robot(port, path, body, read):
 
 
 def v1_robot(port, form, **how):
+    """Our own format, with pictures as PNG or JPEG files."""
     return http_robot(port, "/v1/act", lambda images: {"instruction": TEXT, "images": {
         view: encoded(image, form, **how) for view, image in images.items()}},
         lambda value: (np.array(value["actions"]), value["infer_ms"]))
 
 
 def openvla_robot(port):
+    """OpenVLA-OFT's format."""
     def read(rows):
         return np.stack([np.frombuffer(base64.b64decode(x["__numpy__"]), x["dtype"]) for x in rows]), None
     return http_robot(port, "/act", lambda images: {
@@ -113,12 +118,14 @@ def openvla_robot(port):
 
 
 def vla0_robot(port):
+    """VLA-0's format."""
     return http_robot(port, "/predict_base64", lambda images: {
         "instr": TEXT, "state": [0.0] * 8, "base64_rgb": [saved(images[view]) for view in VIEWS]},
         lambda value: (np.array(value), None))
 
 
 def openpi_robot(port):
+    """openpi's format, over a socket."""
     import msgpack
     from websockets.sync.client import connect
     link = connect(f"ws://127.0.0.1:{port}", compression=None, max_size=None).__enter__()

@@ -34,7 +34,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +48,7 @@ class Unsafe(Exception):
 # ---- Bodies: units and conventions -------------------------------------------------------------------------
 
 def same(x):
+    """Numbers that are in our units already."""
     return x
 
 
@@ -92,7 +93,7 @@ class Body:
 # A2D's and R1-Lite's servers turn or scale grippers themselves; R1-Lite's head picture is its right eye, its
 # torso is held at -1.0339 2.1635 1.1514 0; Franka starts from 0.305 0 0.481, quaternion 1 0 0 0.
 BODIES = {
-    "fake": Body("delta", "rotvec", 1, ("third",), period=0.02, execute=4),
+    "fake": Body("delta", "rotvec", 1, ("third",), period=0.2, execute=4),         # as the tabletop's arm
     "a2d": Body(execute=20),
     "franka": Body(arms=1, cameras=("cam_front", "cam_wrist"), period=0.05, report=franka_report,
                    command=franka_command),
@@ -172,6 +173,9 @@ class Limits:
                              "server for another robot, or in other units?")
 
 
+NUMBERS = Limits((-9, 9) * 3, speed=9, turn=9, steps=40)       # of the fake robot, which cannot hurt anyone
+
+
 class Watchdog:
     """Stops the robot when it was not fed for `patience` seconds, whatever the loop does then."""
 
@@ -182,15 +186,18 @@ class Watchdog:
         self.thread.start()
 
     def feed(self):
+        """All is well: count anew."""
         self.fed, self.fired = time.monotonic(), False
 
     def watch(self):
+        """Its thread: looks five times per `patience`, stops the robot once until it is fed again."""
         while not self.done.wait(self.patience / 5):
             if not self.fired and time.monotonic() - self.fed > self.patience:
                 self.fired = True
                 self.stop()
 
     def close(self):
+        """End the thread."""
         self.done.set()
         self.thread.join()
 
@@ -205,6 +212,7 @@ def encode(image):
 
 
 def post(url, body, timeout, token=None):
+    """JSON there and back, within so many seconds; Unsafe if the server refuses or does not answer."""
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
     try:
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
@@ -254,9 +262,12 @@ def run(robot, ask, instruction, limits, execute=None, ahead=0, blend=0, patienc
     none, as RoboBrain's clients do). Whatever goes wrong is raised after the robot was stopped.
     """
     body, rows, played, answer = robot.body, [], 0, None
-    if patience < 2 * body.period:
+    execute = body.execute if execute is None else execute
+    if execute < 1 or ahead < 0 or blend < 0:
+        raise ValueError(f"execute={execute}, ahead={ahead}, blend={blend}: at least 1, 0 and 0 rows.")
+    if not patience >= 2 * body.period:
         raise ValueError(f"patience={patience} s: a row takes {body.period} s; allow at least two.")
-    execute, dog = execute or body.execute, Watchdog(robot.stop, patience)
+    dog = Watchdog(robot.stop, patience)
     with ThreadPoolExecutor(1) as pool:
         try:
             while played < limits.steps:
@@ -299,18 +310,38 @@ class FakeRobot:
         self.pose = np.array(([0.0, 0, 0.3, *turn, 1] * body.arms) if start is None else start, np.float64)
 
     def observe(self):
+        """The pictures are as bright as rows were played; the pose is the last command's."""
         picture = np.full((self.size, self.size, 3), len(self.moved) % 256, np.uint8)
         return dict.fromkeys(self.body.cameras, picture), self.pose.copy()
 
     def move(self, row):
+        """It is there at once."""
         self.pose = follow(self.body, self.body.split(self.pose), row).ravel()
         self.moved.append(np.array(row))
 
     def stop(self):
+        """It stands anyway; counted."""
         self.stops += 1
 
     def close(self):
+        """Nothing to close."""
+
+
+def read_topics(path, body):
+    """The JSON file of --topics; a ValueError says what it must hold."""
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        topics = json.loads(text)
+        names = [topics["cameras"][name] for name in body.cameras]
+        names += [topic for state, command in topics["arms"] for topic in (state, command)]
+        whole = topics["ros"] in (1, 2) and len(topics["arms"]) == body.arms
+        if whole and all(isinstance(name, str) for name in names):
+            return topics
+    except (ValueError, TypeError, KeyError):                  # no JSON, or of another form
         pass
+    cameras = ", ".join(f'"{name}": topic' for name in body.cameras)
+    raise ValueError(f'--topics {path} must hold {{"ros": 1 or 2, "cameras": {{{cameras}}}, "arms": [[state '
+                     f'topic, command topic], ...]}}, one pair per arm ({body.arms}).')
 
 
 class RosRobot:
@@ -343,6 +374,7 @@ class RosRobot:
         return received
 
     def ros1(self, inputs, outputs):
+        """Listen to inputs {name: (kind, topic)} -> tell(i, numbers), which writes to outputs[i]."""
         import rospy
         from sensor_msgs.msg import Image as RosImage
         from std_msgs.msg import Float64MultiArray as Numbers
@@ -355,6 +387,7 @@ class RosRobot:
         return lambda i, values: out[i].publish(Numbers(data=values))
 
     def ros2(self, inputs, outputs):
+        """As ros1."""
         import rclpy
         from rclpy.qos import qos_profile_sensor_data as newest
         from sensor_msgs.msg import Image as RosImage
@@ -370,9 +403,11 @@ class RosRobot:
         return lambda i, values: out[i].publish(Numbers(data=values))
 
     def pose(self):
+        """What the arms reported last: one pose each, in m and rad (Body.report)."""
         return [self.body.report(self.seen[f"arm {i}"][1]) for i in range(self.body.arms)]
 
     def observe(self):
+        """The newest of everything; Unsafe if one is older than max_age [s]."""
         oldest = min(self.seen, key=lambda name: self.seen[name][0])
         age = time.monotonic() - self.seen[oldest][0]
         if age > self.max_age:
@@ -380,6 +415,7 @@ class RosRobot:
         return {camera: self.seen[camera][1] for camera in self.body.cameras}, np.concatenate(self.pose())
 
     def move(self, row):
+        """Tell each arm its pose, in its own units (Body.command)."""
         for i, pose in enumerate(self.body.split(row)):
             self.tell(i, self.body.command(pose).tolist())
 
@@ -391,6 +427,7 @@ class RosRobot:
 
 
 def main():
+    """The script; returns 2 after an error, when the robot stands."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--robot", choices=BODIES, default="fake")
     p.add_argument("--instruction", required=True)
@@ -401,24 +438,26 @@ def main():
     p.add_argument("--ahead", type=int, default=0, help="rows left when the next chunk is asked for")
     p.add_argument("--blend", type=int, default=0, help="rows in which the old chunk turns into the new one")
     p.add_argument("--patience", type=float, default=0.5, help="seconds until the robot is stopped")
-    p.add_argument("--box", type=float, nargs=6, default=Limits.box, help="x, y, z from, to [m]")
-    p.add_argument("--speed", type=float, default=Limits.speed, help="m/s")
-    p.add_argument("--turn", type=float, default=Limits.turn, help="rad/s")
-    p.add_argument("--steps", type=int, default=Limits.steps, help="rows in all")
+    p.add_argument("--box", type=float, nargs=6, help=f"x, y, z from, to [m]; default {Limits.box}")
+    p.add_argument("--speed", type=float, help=f"m/s; default {Limits.speed}")
+    p.add_argument("--turn", type=float, help=f"rad/s; default {Limits.turn}")
+    p.add_argument("--steps", type=int, help=f"rows in all; default {Limits.steps}, fake: {NUMBERS.steps}")
     a = p.parse_args()
     if a.robot != "fake" and not a.topics:
         p.error(f"--robot {a.robot} needs --topics FILE")
-    robot, limits = None, Limits(tuple(a.box), a.speed, a.turn, a.steps)
+    asked = {name: value for name, value in vars(a).items() if name in vars(NUMBERS) and value is not None}
+    robot, limits = None, replace(NUMBERS if a.robot == "fake" else Limits(), **asked)
     try:
         if a.robot == "fake":
             robot, ask = FakeRobot(), ask_ours(a.url, token=a.token)
         else:
-            topics = json.loads(Path(a.topics).read_text(encoding="utf-8"))
+            topics = read_topics(a.topics, BODIES[a.robot])
             robot, ask = RosRobot(BODIES[a.robot], topics), ask_robobrain(a.url, token=a.token)
         played = run(robot, ask, a.instruction, limits, a.execute, a.ahead, a.blend, a.patience)
         print(f"{played} commands played")
     except (Unsafe, ValueError, OSError, ImportError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        ros = "; source the setup.bash of your ROS in this shell first" if isinstance(e, ImportError) else ""
+        print(f"error: {e}{ros}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped")

@@ -157,7 +157,7 @@ def serving(model, **options):
         server.should_exit = True
     yield sock.getsockname()[1], app.state.service, stop
     stop()
-    thread.join(30)
+    thread.join(60)
     assert not thread.is_alive()
 
 
@@ -237,9 +237,18 @@ def test_a_bad_request_of_a_batch_is_its_own(model):
 
 def test_sessions_at_once_get_their_own_replies_in_order(model):
     wanted = plan(model, 7, 8)
+    act, first = model.act, []
+
+    def held(observations, **how):                             # the first waits until others wait behind it
+        while not first and len(service.waiting) < 2:
+            time.sleep(0.001)
+        first.append(observations)
+        return act(observations, **how)
     with serving(model) as (port, service, _), leaving(port):
+        model.act = held
         assert drive(port, wanted) == {"all": 7}
         assert service.asked > service.times[""].count                   # some went together
+        model.act = act
 
 
 def amid(stop, times, count):
@@ -257,9 +266,13 @@ def amid(stop, times, count):
 
 
 def test_told_to_stop_every_request_is_answered_or_refused(model):
-    wanted, times = plan(model, 6, 25), []
+    wanted, times, act = plan(model, 6, 25), [], model.act
     with serving(model) as (port, service, stop):
-        ends = drive(port, wanted, amid(stop, times, 40), times)
+        told = amid(stop, times, 40)
+        # slow from then on: it must hear of it while there is something left to refuse
+        model.act = lambda *a, **how: (time.sleep(0.05 * told.is_set()), act(*a, **how))[1]
+        ends = drive(port, wanted, told, times)
+        model.act = act
         assert sum(ends.values()) == 6 and set(ends) <= {"refused", "too late"}, ends
         assert 40 <= len(times) < 150
     for _ in range(1000):                                      # its sessions are forgotten after it stopped

@@ -3,7 +3,7 @@ How many tokens does an action cost, and what is lost? RoboBrain-X0's action tok
 
     python examples/action_tokens.py                                     # the tabletop's chunks of 30 steps
     python examples/action_tokens.py --data chunks.npy --out FOLDER      # your own (n, T, A), in robot units
-    python examples/action_tokens.py --data lerobot=MT10,gripper=openvla # what eval_sim.py --sim metaworld wrote
+    python examples/action_tokens.py --data lerobot=MT10,gripper=openvla # recordings of Meta-World
 
 FAST+ and OmniSAT are fitted on nine tenths of the chunks (a data set: on its training set); uniform bins (256
 per number, as in RT-2 and OpenVLA) need no fit. All see the same 1 % and 99 % quantiles, and are measured on
@@ -51,8 +51,8 @@ def of_file(path):
 def of_dataset(spec, n, **how):
     """The same of a data set that train.py knows: n chunks spread over it, a tenth as many to measure.
 
-    Meta-World's 4 numbers (1 is 1 cm; an effort of the gripper) become the 7 of an arm that does not turn; the
-    statistics, which fit only the 4, are None.
+    Meta-World's 4 numbers (1 is 1 cm; an effort of the gripper) become the 7 of an arm that does not turn;
+    the statistics, which fit only the 4, are None.
     """
     def arm(numbers):
         x = np.asarray(numbers)
@@ -104,8 +104,8 @@ def main():
     read = of_file(a.data) if a.data.endswith(".npy") else of_dataset(a.data, a.chunks, **how)
     (seen, held_out, stats), T = read, len(read[0][0][0])
     if a.out and stats is None:
-        raise ValueError(f"--out {a.out}: {a.data} has 4 numbers, and is measured as an arm's 7: no tokenizer of "
-                         "these would fit it. Leave --out out.")
+        raise ValueError(f"--out {a.out}: {a.data} has 4 numbers, measured as an arm's 7: no tokenizer "
+                         "of these would fit it. Leave --out out.")
     print(f"{a.data}: {len(seen)} chunks of {T} steps to fit on, {len(held_out)} others measured\n\n"
           "| tokenizer | tokens per chunk | most | mm, mean | max | degrees, mean | max | gripper wrong | "
           "fitted in |\n" + "|---" * 9 + "|")

@@ -1,5 +1,5 @@
 r"""
-Closed-loop evaluation, in Meta-World or in its default simulator: a tabletop in numpy, no physics engine.
+Closed-loop evaluation: in a tabletop in numpy, no physics engine, or in other people's simulators.
 
     python eval_sim.py --ckpt runs/cogact-tiny/last                # success per task, intervals, GIF, JSON
     python eval_sim.py --ckpt runs/cogact-tiny/last --families all --episodes 300
@@ -9,6 +9,7 @@ Closed-loop evaluation, in Meta-World or in its default simulator: a tabletop in
     python eval_sim.py --sim metaworld --check                     # what is missing, how to install it
     python eval_sim.py --sim metaworld --expert --split train --record DIR  # for train.py --data lerobot=DIR
     python eval_sim.py --sim metaworld --tasks mt50 --ckpt runs/mine/last --workers 4
+    python eval_sim.py --sim libero --tasks libero_goal --ckpt runs/a/last runs/b/last     # one table of both
 
 The tabletop, in one picture (metres; a right-handed frame whose origin lies on the table):
 
@@ -27,7 +28,8 @@ left arm's. The arm on whose side X lies as its goal begins does the work, the o
 Contact is kinematic: fingers push what they touch sideways, close around what is between them, and what they
 let go drops onto what is below. Everything follows from the seed.
 
-Sections: solids and pictures, the world, the expert, episodes, Meta-World, evaluation, command line.
+Sections: solids and pictures, the world, the expert, episodes, Meta-World, other benchmarks (LIBERO,
+SimplerEnv, ManiSkill 3, CALVIN), evaluation, command line.
 """
 import atexit
 import hashlib
@@ -43,10 +45,10 @@ import tempfile
 import time
 import warnings
 from ctypes.util import find_library
-from functools import partial
+from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1008,7 +1010,8 @@ def _taped(folder, episodes):
         actions, states, seed, family = (np.array(column.to_pylist()) for column in table.columns)
         yield (made_from["families"][family[0]],), made_from["split"], {
             "seed": int(seed[0]), "executed": actions, "state": states, "sim": made_from["suite"],
-            "embodiment": made_from["embodiment"]}
+            "embodiment": made_from["embodiment"],
+            "settings": {key: x for key, x in made_from.get("settings", {}).items() if key in LAID_OUT_BY}}
 
 
 def replay(recorded):
@@ -1019,7 +1022,8 @@ def replay(recorded):
     """
     rows, worst = [], 0.0
     for families, split, episode in recorded:
-        env = SIMS[episode.get("sim", "tabletop")](families, split, (), embodiment=episode["embodiment"])
+        env = SIMS[episode.get("sim", "tabletop")](families, split, (), embodiment=episode["embodiment"],
+                                                   **episode.get("settings", {}))
         env.lay_out(episode["seed"])
         if "sim" not in episode:
             disturb(env, np.random.default_rng([DRAWS, episode["seed"], 1]))
@@ -1077,10 +1081,14 @@ CAMERAS = {"third": "corner4", "wrist": "gripperPOV"}
 GL = {"egl": "EGL", "osmesa": "OSMesa"}          # MUJOCO_GL: the library it needs; their pictures are equal
 
 
-def import_metaworld():
-    """The modules (metaworld, mujoco). ValueError: they, or what they draw with, cannot be imported."""
+def _choose_gl():
     if platform.system() == "Linux" and "MUJOCO_GL" not in os.environ:     # read at the first import, once
         os.environ.update({"MUJOCO_GL": gl for gl, name in reversed(GL.items()) if find_library(name)})
+
+
+def import_metaworld():
+    """The modules (metaworld, mujoco). ValueError: they, or what they draw with, cannot be imported."""
+    _choose_gl()
     try:
         import metaworld.policies
         import mujoco
@@ -1154,6 +1162,11 @@ class MetaWorld:
                     close = renderers.popitem()[1].close
                     atexit.unregister(close)
                     close()
+
+    def played(self, action):
+        """What is recorded of an action: that of the "sawyer" ends in the effort that is played."""
+        turned = self.gripper and self.embodiment != "arm"
+        return np.append(action[:-1], 1 - 2 * action[-1]) if turned else action
 
     def advance(self, action):
         """Play one action (4,), or (7,) of the "arm", which takes ten steps."""
@@ -1242,30 +1255,784 @@ class MetaWorld:
         return 0, self.env.tcp_center.copy(), self.obs[4:7].copy()
 
 
-SIMS = {"tabletop": Tabletop, "metaworld": MetaWorld}
+# ---- Other benchmarks: LIBERO, SimplerEnv, ManiSkill 3, CALVIN; all optional (--check says how) ------------
+
+# What second cameras are called in data; a view of another name is the camera at its place in the list.
+SECOND = ("wrist", "wrist_image", "image2", "eye_in_hand", "gripper", "hand", "cam_right_wrist")
+ORDERS, LIMITS = ("sharded", "official"), ("stock", "cogact")
+LAID_OUT_BY = ("order", "limits", "env_seed")    # settings that a replay needs
+
+
+def _need(sim, *modules):
+    try:
+        return [importlib.import_module(module) for module in modules]
+    except (ImportError, AttributeError, RuntimeError, OSError) as e:
+        raise ValueError(f"--sim {sim}: {e}. What is missing and how it is installed says eval_sim.py --sim "
+                         f"{sim} --check.") from e
+
+
+def axis_angle(quaternion):
+    """x, y, z, w (4,) -> axis times angle (3,) [rad], up to 2 pi long; next to no turn: zeros."""
+    w = np.clip(quaternion[3], -1.0, 1.0)
+    length = math.sqrt(1 - w * w)
+    return np.zeros(3) if length < 1e-8 else 2 * math.acos(w) / length * np.asarray(quaternion[:3])
+
+
+def _quaternion(roll, pitch, yaw):
+    (r, p, y), (i, j, k) = (turn(np.array([roll, pitch, yaw]) / 2) for turn in (np.cos, np.sin))
+    return np.array([i * p * y - r * j * k, r * j * y + i * p * k, r * p * k - i * j * y,
+                     r * p * y + i * j * k])
+
+
+def _lens(extrinsic, intrinsic, h):
+    pose, K = np.asarray(extrinsic, float), np.asarray(intrinsic, float)                # as OpenCV has them
+    return Camera(-pose[:3, :3].T @ pose[:3, 3], pose[:3, :3], 2 * math.atan(h / 2 / K[1, 1]))
+
+
+class Bench:
+    """What the benchmarks below share: the verbs and arguments of `Tabletop`.
+
+    families: tasks; a seed is the number of one of a task's fixed episodes. Pictures come as the benchmark
+    draws them, whatever image_size. gripper: "openvla" if actions end in 1 = open, 0 = closed, and not as the
+    benchmark's. order, limits, env_seed: see who uses them. There is no expert. native, set by the
+    evaluator: the session knows the robot, its actions are the benchmark's already.
+    """
+    film_every, film_ms, goals, reached, rest, SPLITS, native = 1, 100, (), (), (1, 0.004), ("eval",), True
+    OPEN, SCALE, robot, action_dim, CAMERAS, BATCH = 1, 1.0, "", 7, ("third",), 4
+    success, told = MetaWorld.success, MetaWorld.told
+
+    def __init__(self, families=(), split="eval", views=("third",), image_size=None, embodiment=None,
+                 gripper="", order="sharded", limits="stock", env_seed=0):
+        if wrong := [family for family in families if family not in self.tasks()]:
+            raise ValueError(f"families {', '.join(map(repr, wrong))}: {self.title} has the sets "
+                             f"{', '.join(self.SETS)}, or single ones, as {self.tasks()[0]}.")
+        _settle(self, self.title, self.SIZE, families=(families or self.SETS[self.default], self.tasks()),
+                split=(split, self.SPLITS), embodiment=(embodiment or self.body, (self.body,)),
+                gripper=(gripper, ("", "openvla")), order=(order, ORDERS), limits=(limits, LIMITS))
+        places = [1 if view in SECOND else 0 if view == "third" else i for i, view in enumerate(views)]
+        if max(places, default=0) >= len(self.CAMERAS):
+            raise ValueError(f"views {', '.join(views)}: {self.title} draws {len(self.CAMERAS)}, "
+                             f"{' and '.join(self.CAMERAS)}.")
+        self.views, self.env_seed, self.env = tuple(views), env_seed, None
+        self.cameras = {view: self.CAMERAS[i] for view, i in zip(views, places)}
+
+    @classmethod
+    def tasks(cls):
+        """The names of all tasks."""
+        return tuple(dict.fromkeys(name for names in cls.SETS.values() for name in names))
+
+    @classmethod
+    def count_of(cls, family):
+        """How many episodes a task has."""
+        return cls.COUNT
+
+    @classmethod
+    def jobs(cls, families, episodes, split, start=0):
+        """[(number, task), ...]: all episodes of these tasks, or as many of each."""
+        counts, n = [cls.count_of(family) for family in families], episodes // len(families)
+        if episodes != sum(counts) and (start or n > min(counts) or episodes % len(families)):
+            raise ValueError(f"{episodes} episodes of {len(families)} tasks: {cls.title} has {sum(counts)}; "
+                             f"give that, or the same number, up to {min(counts)}, of each.")
+        counts = counts if episodes == sum(counts) else [n] * len(families)
+        return [(cls._number(k, n, family), family) for n, family in zip(counts, families) for k in range(n)]
+
+    @classmethod
+    def _number(cls, k, n, family):                                   # the k-th of n that are played
+        return k
+
+    def lay_out(self, seed, options=None):
+        """Build the scene of this episode."""
+        self.seed, self.family = seed, (options or {}).get("family") or self.families[0]
+        self.count, self.done, self.other = 0, False, ""
+        try:
+            self._start()
+        except (RuntimeError, OSError) as e:                          # no device that draws, no such file
+            raise ValueError(f"{self.title}, {self.family}: {e}. Is all of it there? eval_sim.py --sim "
+                             f"{self.suite} --check.") from e
+
+    def _say(self, words):
+        self.instruction = self.other or words
+
+    def swap(self):
+        """A control: the instruction of another task, even if the benchmark gives the next one."""
+        names = self.tasks()
+        self.other = self.instruction = self._words(names[(names.index(self.family) + 1) % len(names)])
+
+    def _words(self, family):                                         # as far as its name tells them
+        return family.split("/")[-1].replace("_", " ")
+
+    def played(self, action):
+        """An action (7,) as the benchmark takes it: its last number is 1 or -1. ValueError: it is none."""
+        action = np.array(action, np.float64)
+        if action.shape != (7,) or not np.isfinite(action).all():
+            raise ValueError(f"an action of shape {action.shape}, {action.tolist()}: {self.title} takes 7 "
+                             "finite numbers.")
+        opens = action[6] > 0.5 if self.gripper else (action[6] > 0) == (self.OPEN > 0)
+        return np.append(action[:6], self.OPEN if opens else -self.OPEN)
+
+    def advance(self, action):
+        """Play one action (7,)."""
+        self.count += 1
+        self._step(self.played(action))
+
+    def observe(self):
+        """As `Tabletop.observe`, without depth; every view in its own size."""
+        images = {view: self._frame(camera) for view, camera in self.cameras.items()}
+        cameras = {view: self.camera(view) for view in self.views}
+        return {"images": images, "depth": {}, "state": np.array(self._feel()[0], np.float32), **self.told(),
+                "intrinsics": {view: c.intrinsics(*images[view].shape[:2]) for view, c in cameras.items()},
+                "extrinsics": {view: c.extrinsics() for view, c in cameras.items()}}
+
+    def picture(self, view, h=None, w=None):
+        """rgb uint8 (h, w, 3) of a view, at its own or this size; and None: no depth."""
+        frame = self._frame(self.cameras.get(view, self.CAMERAS[0]))
+        return (np.array(Image.fromarray(frame).resize((w, h))) if h else frame), None
+
+    def random_action(self, rng):
+        """An action (7,) by chance, as the benchmark takes it."""
+        return np.append(rng.uniform(-1, 1, 6) * self.SCALE, rng.choice([-1.0, 1.0]))
+
+    def expert(self):
+        """There is none, who would act or say anything."""
+        return None, None
+
+    def track(self):
+        """As `Tabletop.track`: the hand's point; for want of knowledge, it is also the object's."""
+        return 0, np.array(self._feel()[1]), np.array(self._feel()[1])
+
+    def report(self):
+        """What a result says of an episode beyond success."""
+        return {}
+
+    def close(self):
+        """Close the scene."""
+        self.env.close()
+
+
+# LIBERO. Action 7 at 20 Hz in [-1, 1]: position, axis-angle, gripper -1 open, 1 closed (by its sign). State
+# 8: position [m], axis-angle [rad], two finger joints [m]. Pictures are turned by 180 degrees, as everyone's;
+# the renderer hands them over bottom row first, so this makes them a mirror's, and the matrices say so.
+LIBERO_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520,
+                "libero_90": 400}
+LIBERO_TASKS = {suite: tuple(f"{suite}/{i}" for i in range(90 if suite == "libero_90" else 10))
+                for suite in LIBERO_STEPS}
+
+
+def import_libero():
+    """The modules (libero, its benchmark, its envs). ValueError: what is missing.
+
+    Its first import asks a question unless there is a config.yaml; so one is written, at its usual place.
+    """
+    config = Path(os.environ.get("LIBERO_CONFIG_PATH") or Path.home() / ".libero") / "config.yaml"
+    _choose_gl()
+    if (found := find_spec("libero")) and not config.is_file():
+        from common import write_json
+        root = Path(next(iter(found.submodule_search_locations))) / "libero"
+        kinds = {"benchmark_root": "", "bddl_files": "bddl_files", "init_states": "init_files",
+                 "datasets": "../datasets", "assets": "assets"}
+        config.parent.mkdir(parents=True, exist_ok=True)
+        write_json(config, {kind: str(root / name) for kind, name in kinds.items()})           # JSON is YAML
+    return _need("libero", "libero.libero", "libero.libero.benchmark", "libero.libero.envs")
+
+
+def _numbers(path):
+    """The array that torch.save wrote there; no other object's pickle is let in."""
+    import torch
+    core = importlib.import_module(f"numpy.{'_core' if hasattr(np, '_core') else 'core'}.multiarray")
+    known = [np.ndarray, np.dtype, type(np.dtype(float)), *(
+        (core._reconstruct, f"numpy.{name}.multiarray._reconstruct") for name in ("core", "_core"))]
+    try:
+        with torch.serialization.safe_globals(known):
+            return torch.load(path, weights_only=True)
+    except pickle.UnpicklingError as e:
+        raise ValueError(f"{path} holds something else than an array: get LIBERO's file again.") from e
+
+
+class Libero(Bench):
+    """A task of LIBERO, SUITE/NUMBER in the suite's own order; 50 initial states each.
+
+    Fixtures stand where NumPy's global generator says at a reset, whatever the initial state. order
+    "official": seeded with env_seed once per task, then a reset per episode (earlier ones are made up for);
+    "sharded": seeded by env_seed, task and number before every reset.
+    """
+    suite, title, body, default, fps, film_every, BATCH = "libero", "LIBERO", "panda", "libero", 20, 2, 10
+    CAMERAS, SIZE, COUNT, OPEN, WAIT = ("agentview", "robot0_eye_in_hand"), (256, 256), 50, -1, 10
+    SETS = {"libero": sum(list(LIBERO_TASKS.values())[:4], ()), **LIBERO_TASKS}
+    chains, kept = {}, {}        # official: {(task, env_seed): (resets so far, the generator after them)}
+    max_steps = property(lambda self: LIBERO_STEPS[self.family.split("/")[0]])
+    _ready = staticmethod(import_libero)
+
+    def _words(self, family):
+        return self._task(family).language
+
+    def _task(self, family):
+        suite, number = family.split("/")
+        return self._ready()[1].get_benchmark_dict()[suite]().get_task(int(number))
+
+    def _start(self):
+        package, _, envs = self._ready()
+        task, kept = self._task(self.family), self.kept.setdefault(self.family, [])
+        states, bddl = (Path(package.get_libero_path(kind)) / task.problem_folder / name for kind, name in (
+            ("init_states", task.init_states_file), ("bddl_files", task.bddl_file)))
+        before = np.random.get_state()                                 # which goes on unmoved
+        self.env = kept.pop() if kept else envs.OffScreenRenderEnv(
+            bddl_file_name=str(bddl), camera_heights=self.h, camera_widths=self.w)
+        self._reset()
+        np.random.set_state(before)
+        self.obs = self.env.set_init_state(_numbers(states)[self.seed])                   # (50, nq + nv + 1)
+        for _ in range(self.WAIT):                                     # all settles; not counted
+            self.obs, *_ = self.env.step([0.0] * 6 + [-1.0])
+        self._say(task.language)
+
+    def _reset(self):
+        name, key = f"{self.env_seed} {self.family} {self.seed}", (self.family, self.env_seed)
+        if self.order == "sharded":
+            np.random.seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little"))
+            self.env.reset()
+            return
+        done, state = self.chains.get(key, (0, None))
+        if state is None or done > self.seed:
+            done, _ = 0, self.env.seed(self.env_seed)                  # is nothing but np.random.seed
+        else:
+            np.random.set_state(state)
+        for _ in range(self.seed + 1 - done):
+            self.env.reset()
+        self.chains[key] = self.seed + 1, np.random.get_state()
+
+    def _step(self, action):
+        self.obs, _, done, _ = self.env.step(action)
+        self.done = self.done or bool(done)
+
+    def _frame(self, camera):
+        return np.ascontiguousarray(self.obs[f"{camera}_image"][::-1, ::-1])
+
+    def _feel(self):
+        at, turn = self.obs["robot0_eef_pos"], axis_angle(self.obs["robot0_eef_quat"])
+        return [*at, *turn, *self.obs["robot0_gripper_qpos"]], at
+
+    def camera(self, view):
+        """The Camera of a view; its first axis points left in the world: the picture is a mirror's."""
+        data, model = self.env.sim.data, self.env.sim.model
+        i = model.camera_name2id(self.cameras.get(view, self.CAMERAS[0]))
+        axes = -data.cam_xmat[i].reshape(3, 3).T                       # MuJoCo's: right, up, backwards
+        return Camera(data.cam_xpos[i].copy(), axes, math.radians(model.cam_fovy[i]))
+
+    def track(self):
+        """As `Tabletop.track`: the hand's point, and that of the first thing that the task is about."""
+        thing = f"{(self.env.env.obj_of_interest or [''])[0]}_pos"
+        return 0, np.array(self._feel()[1]), np.array(self.obs.get(thing, self._feel()[1]))
+
+    def close(self):
+        """Keep the scene for the next episode of this task; of other tasks, close theirs."""
+        last = self.camera("third")
+        self.camera = lambda view: last                               # a tape asks for it later on
+        for family in [family for family in self.kept if family != self.family]:
+            for env in self.kept.pop(family):
+                env.close()
+        self.kept.setdefault(self.family, []).append(self.env)
+
+
+# SimplerEnv. Action 7: dx dy dz [m] in the world, axis-angle [rad], gripper: of the WidowX, 5 Hz, 1 open, -1
+# closed; of Google's robot, 3 Hz, relative: 1 closes, -1 opens. Success is what it is at the last step.
+WIDOWX = {   # task: environment, stock limit [steps], robot, scene, overlay, the robot's x, y [m]
+    task: (f"{name}-v0", 60, "widowx", "bridge_table_1_v1", "bridge_real_eval_1", 0.147, 0.028)
+    for task, name in (("spoon_on_towel", "PutSpoonOnTableClothInScene"),
+                       ("carrot_on_plate", "PutCarrotOnPlateInScene"),
+                       ("stack_cube", "StackGreenCubeOnYellowCubeBakedTexInScene"))}
+WIDOWX["eggplant_in_basket"] = ("PutEggplantInBasketScene-v0", 120, "widowx_sink_camera_setup",
+                                "bridge_table_1_v2", "bridge_sink", 0.127, 0.06)
+GOOGLE = {"pick_coke_can": 80, "move_near": 80, "drawer": 113, "apple_in_drawer": 200}      # limit [steps]
+SIMPLER_TASKS = {kind: tuple(f"{kind}/{task}" for task in tasks) for kind, tasks in (
+    ("widowx", WIDOWX), ("google_vm", GOOGLE), ("google_va", GOOGLE))}
+DRAWERS = tuple(f"{verb}{which}DrawerCustomInScene-v0" for verb in ("Open", "Close")
+                for which in ("Top", "Middle", "Bottom"))
+STANDS = {"a0": (0.644, -0.179, -0.03), "b0": (0.652, 0.009, 0.0), "c0": (0.665, 0.224, 0.0),    # x, y, yaw
+          "a1": (0.765, -0.182, -0.02), "b1": (0.752, 0.009, 0.0), "c1": (0.765, 0.222, -0.025),
+          "a2": (0.889, -0.203, -0.06), "b2": (0.851, 0.035, 0.0), "c2": (0.865, 0.222, -0.025)}
+URDFS = (None, *(f"recolor_{part}_visual_matching_{i}" for part, i in (("tabletop", 1), ("tabletop", 2),
+                                                                       ("cabinet", 1))))
+TABLE_SCENE, ROOM_SCENE = "google_pick_coke_can_1_v4", "frl_apartment_stage_simple"
+# Variant aggregation: of tables backgrounds, textures, lights; of drawers rooms, lights, cabinets.
+TABLES = (*({"scene_name": scene} for scene in (
+    TABLE_SCENE, f"{TABLE_SCENE}_alt_background", f"{TABLE_SCENE}_alt_background_2",
+    "Baked_sc1_staging_objaverse_cabinet1_h870", "Baked_sc1_staging_objaverse_cabinet2_h870")),
+    *({"scene_name": TABLE_SCENE, f"slightly_{how}_lighting": True} for how in ("darker", "brighter")))
+ROOMS = (*({"scene_name": scene} for scene in (ROOM_SCENE, "modern_bedroom_no_roof",
+                                               "modern_office_no_roof")),
+         *({"scene_name": ROOM_SCENE, key: value} for key, value in (
+             ("light_mode", "brighter"), ("light_mode", "darker"), ("station_name", "mk_station2"),
+             ("station_name", "mk_station3"))))
+
+
+@lru_cache
+def simpler_episodes(family):
+    """The episodes of a task of SimplerEnv, by its official scripts: a list of (environment, its arguments,
+    the robot's x, y [m] and yaw [rad], reset's obj_init_options)."""
+    table = {"scene_name": TABLE_SCENE}
+    kind, task = family.split("/")
+    matching, drawer = kind == "google_vm", task == "drawer"
+    def grid(xs, ys):
+        return [{"init_xy": np.array(at)} for at in product(np.linspace(*xs), np.linspace(*ys))]
+    if kind == "widowx":
+        name, _, robot, scene, overlay, x, y = WIDOWX[task]
+        how = {"robot": robot, "scene_name": scene, "overlay": overlay}
+        return [(name, how, (x, y, 0.0), {"episode_id": k}) for k in range(24)]
+    if task == "pick_coke_can":
+        looks = ([("", table | {"overlay": "google_coke_can_real_eval_1", "urdf_version": urdf})
+                  for urdf in URDFS] if matching else
+                 [*(("", look) for look in TABLES), ("Distractor", table),
+                  ("Distractor", table | {"distractor_config": "more"})])
+        return [(f"GraspSingleOpenedCokeCan{more}InScene-v0", look | {can: True}, (0.35, 0.20, 0.0), at)
+                for more, look in looks for can in ("lr_switch", "upright", "laid_vertically")
+                for at in grid((-0.35, -0.12, 5), (-0.02, 0.42, 5))]
+    if task == "move_near":
+        looks = ([table | {"overlay": "google_move_near_real_eval_1", "urdf_version": urdf} for urdf in URDFS]
+                 if matching else [*TABLES, table | {"no_distractor": True}])
+        name = f"MoveNearGoogle{'BakedTex' * matching}InScene-v0"
+        return [(name, look, (0.35, 0.21, -0.09), {"episode_id": k}) for look in looks for k in range(60)]
+    names = DRAWERS if drawer else ("PlaceIntoClosedTopDrawerCustomInScene-v0",)
+    things = [{"init_xy": np.zeros(2)}] if drawer else grid((-0.08, -0.02, 3), (-0.02, 0.08, 3))
+    more = {"shader_dir": "rt"} | ({} if drawer else {"model_ids": "baked_apple_v2" if matching else "apple"})
+    if matching:
+        scene = {"scene_name": "dummy_drawer", "station_name": "mk_station_recolor", "light_mode": "simple",
+                 "disable_bad_material": True}
+        looks = [(scene | {"overlay": f"open_drawer_{at}", "urdf_version": urdf}, STANDS[at])
+                 for urdf in URDFS for at in STANDS if drawer or at.endswith("0")]
+    else:
+        xs = np.linspace(0.65, 0.85, 3) if drawer else [0.65]
+        looks = [(room, (x, y, 0.0)) for room in ROOMS for x in xs for y in np.linspace(-0.2, 0.2, 3)]
+    return [(name, more | look, stand, at) for name in names for look, stand in looks for at in things]
+
+
+class Simpler(Bench):
+    """A task of SimplerEnv: visual matching (widowx/, google_vm/) or variant aggregation (google_va/).
+
+    limits: "cogact" gives all tasks of the WidowX 120 steps, as CogACT's scripts do, and not 60 (eggplant
+    120). Each episode builds its environment anew. State: the joints.
+    """
+    suite, title, body, default, film_ms = "simpler", "SimplerEnv", "robot", "widowx", 200
+    SETS, SCALE, SIZE = SIMPLER_TASKS, 0.03, (480, 640)
+
+    def __init__(self, *args, **how):
+        super().__init__(*args, **how)
+        if len({family.startswith("google") for family in self.families}) > 1:
+            raise ValueError("tasks of the WidowX and of Google's robot: give those of one robot at a time.")
+        self.google = self.families[0].startswith("google")
+        self.robot, self.fps = ("google_robot", 3) if self.google else ("widowx_bridge", 5)
+        self.lens = "overhead_camera" if self.google else "3rd_view_camera"
+
+    @classmethod
+    def count_of(cls, family):
+        """How many episodes a task has."""
+        return len(simpler_episodes(family))
+
+    @classmethod
+    def _number(cls, k, n, family):                                   # spread over the task's variants
+        return k * cls.count_of(family) // n
+
+    @property
+    def max_steps(self):
+        """The step limit of the task."""
+        kind, task = self.family.split("/")
+        return GOOGLE[task] if kind != "widowx" else 120 if self.limits == "cogact" else WIDOWX[task][1]
+
+    @classmethod
+    def _ready(cls):
+        return _need(cls.suite, "gymnasium", "mani_skill2_real2sim.envs", "mani_skill2_real2sim")
+
+    def _start(self):
+        gym, _, package = self._ready()
+        name, how, (x, y, yaw), things = simpler_episodes(self.family)[self.seed]
+        how = {"robot": "google_robot_static"} | how
+        if overlay := how.pop("overlay", None):
+            how |= {"rgb_overlay_path": str(Path(package.ASSET_DIR) / "real_inpainting" / f"{overlay}.png"),
+                    "rgb_overlay_cameras": [self.lens]}
+        mode = ("arm_pd_ee_delta_pose_align_interpolate_by_planner_gripper_pd_joint_target_delta_pos_"
+                "interpolate_by_planner" if self.google else
+                "arm_pd_ee_target_delta_pose_align2_gripper_pd_joint_pos")
+        self.env = gym.make(name, obs_mode="rgbd", control_mode=mode, control_freq=self.fps,
+                            sim_freq=513 if self.google else 500, max_episode_steps=self.max_steps,
+                            camera_cfgs={"add_segmentation": True}, **how)
+        turn = np.array([-math.sin(yaw / 2), 0, 0, math.cos(yaw / 2)])     # w, x, y, z: half round, and yaw
+        self.obs, _ = self.env.reset(options={"robot_init_options": {
+            "init_xy": np.array([x, y]), "init_rot_quat": turn}, "obj_init_options": dict(things)})
+        self.stats, (self.h, self.w) = {}, self._frame().shape[:2]
+        self._say(self.env.unwrapped.get_language_instruction())
+
+    def played(self, action):
+        """An action (7,) as SimplerEnv takes it; of other sessions than native ones: roll, pitch, yaw."""
+        ours = Bench.played(self, action)                             # or an error
+        turn = axis_angle(_quaternion(*ours[3:6]))
+        return np.array(action, np.float64) if self.native else np.concatenate([ours[:3], turn, ours[6:]])
+
+    def _step(self, action):
+        self.obs, _, self.done, _, info = self.env.step(action)
+        self.stats = info.get("episode_stats", {})
+        self._say(self.env.unwrapped.get_language_instruction())       # of a long task it changes
+
+    def success(self):
+        """Is the task done at the last step? Before it, none is."""
+        return bool(self.done) and self.count >= self.max_steps
+
+    def _frame(self, camera=None):
+        return np.ascontiguousarray(self.obs["image"][self.lens]["rgb"])
+
+    def _feel(self):
+        return self.obs["agent"]["qpos"], self.env.unwrapped.tcp.pose.p
+
+    def camera(self, view):
+        """The Camera of the one view."""
+        lens = self.obs["camera_param"][self.lens]
+        return _lens(lens["extrinsic_cv"], lens["intrinsic_cv"], self.h)
+
+    def report(self):
+        """SimplerEnv's own facts on an episode, as moved_correct_obj."""
+        return {"stats": {name: bool(value) for name, value in self.stats.items()}}
+
+
+# ManiSkill 3. Action 7 at 20 Hz in [-1, 1], pd_ee_delta_pose: position (1: 0.1 m), roll, pitch, yaw (1: 0.1
+# rad; in 3.0.1 with the other sign), gripper 1 open, -1 closed. Success: in any step. The words are ours.
+MANISKILL = {   # task: (words, limit [steps] as registered)
+    "PickCube-v1": ("pick up the red cube and hold it at the green goal", 50),
+    "PushCube-v1": ("push the blue cube onto the target", 50),
+    "PullCube-v1": ("pull the blue cube onto the target", 50),
+    "StackCube-v1": ("put the red cube on the green cube", 50),
+    "LiftPegUpright-v1": ("stand the peg on its end", 50),
+    "PlaceSphere-v1": ("put the ball into the bin", 50),
+    "PegInsertionSide-v1": ("put the peg into the hole of the box", 100),
+    "PlugCharger-v1": ("plug the charger into the socket", 200)}
+
+
+class ManiSkill(Bench):
+    """A task of ManiSkill 3, of a Panda; an episode's number is its seed. State: the joints."""
+    suite, title, body, default, fps, film_every = "maniskill", "ManiSkill 3", "panda", "default", 20, 2
+    CAMERAS, SIZE, COUNT = ("base_camera", "hand_camera"), (128, 128), 100
+    SETS = {"default": tuple(MANISKILL)[:5], "all": tuple(MANISKILL)}
+    modes = {"obs_mode": "rgb", "control_mode": "pd_ee_delta_pose"}
+    max_steps = property(lambda self: MANISKILL[self.family][1])
+
+    def _words(self, family):
+        return MANISKILL[family][0]
+
+    @classmethod
+    def _ready(cls):
+        return _need(cls.suite, "gymnasium", "torch", "mani_skill.envs")
+
+    def _start(self):
+        gym, torch, _ = self._ready()
+        name, options = self._asked()
+        hand = {"robot_uids": "panda_wristcam"} if "hand_camera" in self.cameras.values() else {}
+        draws = "sapien_cuda" if torch.cuda.is_available() else "sapien_cpu"
+        self.env = gym.make(name, num_envs=1, sim_backend="physx_cpu", render_backend=draws,
+                            max_episode_steps=self.max_steps, **self.modes, **hand)
+        self.obs, _ = self.env.reset(seed=self.seed, options=options)
+        self._say(self._words(self.family))
+
+    def _asked(self):
+        return self.family, {}
+
+    def _step(self, action):
+        self.obs, _, _, _, info = self.env.step(action.astype(np.float32))
+        self._note(bool(info["success"]))
+
+    def _note(self, success):
+        self.done = self.done or success
+
+    def _frame(self, camera):
+        return np.ascontiguousarray(self.obs["sensor_data"][camera]["rgb"][0].cpu().numpy())
+
+    def _feel(self):
+        hand = self.env.unwrapped.agent.tcp.pose.p[0]
+        return self.obs["agent"]["qpos"][0].cpu().numpy(), hand.cpu().numpy()
+
+    def camera(self, view):
+        """The Camera of a view."""
+        lens = self.obs["sensor_param"][self.cameras.get(view, self.CAMERAS[0])]
+        return _lens(lens["extrinsic_cv"][0].cpu().numpy(), lens["intrinsic_cv"][0].cpu().numpy(), self.h)
+
+
+class SimplerPort(ManiSkill):
+    """SimplerEnv's four tasks of the WidowX in ManiSkill 3; else as `Simpler`. (The port reads the turn as
+    roll, pitch, yaw; who publishes gives it an axis-angle all the same, and so do we.)"""
+    suite, title, body, default, fps = "simpler3", "SimplerEnv in ManiSkill 3", "widowx", "widowx", 5
+    CAMERAS, SIZE, COUNT, SCALE = ("3rd_view_camera",), (480, 640), 24, 0.03
+    SETS = {"widowx": SIMPLER_TASKS["widowx"]}
+    robot, film_every, film_ms, modes = "widowx_bridge", 1, 200, {"obs_mode": "rgb+segmentation"}
+    played, success, max_steps, _words = Simpler.played, Simpler.success, Simpler.max_steps, Bench._words
+
+    def _asked(self):
+        import torch
+        name = WIDOWX[self.family.split("/")[1]][0]
+        return name.replace("-v0", "-v1"), {"episode_id": torch.tensor([self.seed])}
+
+    def _start(self):
+        super()._start()
+        self._say(self.env.unwrapped.get_language_instruction()[0])
+
+    def _note(self, success):
+        self.done = success
+
+
+# CALVIN. Action 7 at 30 Hz: position (1: 0.02 m) and roll, pitch, yaw (1: 0.05 rad), relative, gripper 1
+# open, -1 closed. State 15: robot_obs. An episode is five instructions, 360 steps each; a failure ends it.
+CALVIN_HASH = "13bc4fad80a302e6405e5f4f800cc028789a245409cd12df39b783099ad4860f"
+BLOCKS = ("red_block", "blue_block", "pink_block")
+SHELVES = ("slider_right", "slider_left")
+# What may be asked, in CALVIN's order, and its kind: no two of a kind come in one sequence.
+CALVIN_TASKS = {
+    **{f"{verb}_{block}_{side}": "move" for verb in ("rotate", "push") for block in BLOCKS
+       for side in ("right", "left")},
+    **{f"move_slider_{side}": "slider" for side in ("left", "right")}, "open_drawer": "drawer",
+    "close_drawer": "drawer", **{f"lift_{block}_{place}": f"lift_{place}" for block in BLOCKS
+                                 for place in ("table", "slider", "drawer")},
+    **{f"place_in_{place}": "place" for place in ("slider", "drawer")}, "stack_block": "stack",
+    "unstack_block": "unstack",
+    **{f"turn_{how}_{lamp}": "light" for lamp in ("lightbulb", "led") for how in ("on", "off")},
+    "push_into_drawer": "push_into"}
+CALVIN_STATE = {"led": (0, 1), "lightbulb": (0, 1), "slider": ("right", "left"), "drawer": ("closed", "open"),
+                **dict.fromkeys(BLOCKS, ("table", *SHELVES)), "grasped": (0,)}
+
+
+@lru_cache
+def calvin_states():
+    """CALVIN's 192 initial states, in its order; each a dict with the keys of CALVIN_STATE."""
+    return [dict(zip(CALVIN_STATE, values)) for values in product(*CALVIN_STATE.values())
+            if values.count("table") in (1, 2) and max(map(values.count, SHELVES)) < 2]
+
+
+def calvin_next(state, task):
+    """The states that a task may lead to (none: it cannot be done now), by CALVIN's symbolic rules."""
+    (verb, *_, last), opened, held = task.split("_"), state["drawer"] == "open", bool(state["grasped"])
+    block = next((block for block in BLOCKS if block in task), None)
+    at = {place: [one for one in BLOCKS if state[one] == place] for place in (
+        "table", "drawer", "grasped", "stacked_top", "stacked_bottom")}
+    if held != (verb in ("place", "stack")):                          # these alone want something in the hand
+        new = []
+    elif verb in ("rotate", "push") and block:
+        new = [{}] * (block in at["table"])
+    elif verb == "move":
+        new = [{"slider": last}] * (state["slider"] != last)
+    elif verb in ("open", "close"):
+        new = [{"drawer": "closed" if opened else "open"}] * (opened == (verb == "close"))
+    elif verb == "lift":
+        there = state[block] in ({*SHELVES} - {f"slider_{state['slider']}"} if last == "slider" else {last})
+        new = [{block: "grasped", "grasped": 1}] * (there and (opened or last != "drawer"))
+    elif verb == "place":
+        place = "drawer" if last == "drawer" else f"slider_{state['slider']}"
+        new = [{one: place, "grasped": 0} for one in at["grasped"] if opened or last != "drawer"]
+    elif verb == "stack":
+        new = [{top: "stacked_top", low: "stacked_bottom", "grasped": 0} for top in at["grasped"]
+               for low in at["table"]]
+    elif verb == "unstack":
+        new = [{top: "table", low: "table"} for top in at["stacked_top"] for low in at["stacked_bottom"]]
+    elif verb == "turn":
+        new = [{last: 1 - state[last]}] * (state[last] == ("_off_" in task))
+    else:                                                             # into the drawer: none else in the way
+        new = [{one: "drawer"} for one in at["table"] if opened
+               and all(state[other] in SHELVES for other in BLOCKS if other != one)]
+    return [state | change for change in new]
+
+
+def calvin_draw(number, n):
+    """The first n sequences, tuples of five task names, of the initial state of this number."""
+    rng, names, found = np.random.RandomState(number), list(CALVIN_TASKS), []
+    while len(found) < n:
+        sequence = tuple(names[i] for i in rng.permutation(len(names))[:5])       # as np.random.choice does
+        after = [calvin_states()[number]] if len({CALVIN_TASKS[name] for name in sequence}) == 5 else []
+        for task in sequence:
+            after = calvin_next(after[0], task) if len(after) == 1 else []
+        found += [sequence] * (len(after) == 1)
+    return found
+
+
+def calvin_generate():
+    """CALVIN's 1,000 evaluation sequences, made anew in minutes: [(state's number, five names), ...]."""
+    shares = map(len, np.array_split(range(1000), len(calvin_states())))
+    found = [(i, sequence) for i, n in enumerate(shares) for sequence in calvin_draw(i, n)]
+    np.random.RandomState(0).shuffle(found)
+    return found
+
+
+@lru_cache
+def calvin_sequences():
+    """CALVIN's 1,000 evaluation sequences, [(initial state, five task names), ...]; checked: CALVIN_HASH."""
+    from common import read_json
+    path = Path(__file__).resolve().parent / "assets" / "calvin_sequences.json"
+    names, states = list(CALVIN_TASKS), calvin_states()
+    found = [(states[i], tuple(names[k] for k in tasks)) for i, *tasks in read_json(path)["sequences"]]
+    if hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest() != CALVIN_HASH:
+        raise ValueError(f"{path} does not hold CALVIN's sequences: get the file again.")
+    return found
+
+
+def fnv1_32(data):
+    """The 32-bit FNV-1 hash of bytes, from 0, as pyhash has it (a str there is UTF-16, little-endian)."""
+    h = 0
+    for byte in data:
+        h = h * 0x01000193 % (1 << 32) ^ byte
+    return h
+
+
+def calvin_layout(state):
+    """Where an initial state puts all: (robot_obs (15,), scene_obs (24,)), both float64."""
+    robot = np.array([0.02586889, -0.2313129, 0.5712808, 3.09045411, -0.02908596, 1.50013585, 0.07999963,
+                      -1.21779124, 1.03987629, 2.11978254, -2.34205014, -0.87015899, 1.64119093, 0.55344928,
+                      1.0])
+    rng = np.random.RandomState(fnv1_32(str(state.values()).encode("utf-16-le")))
+    table = [(5.00000896e-02, -1.20000177e-01, 4.59990009e-01),
+             (2.29995412e-01, -1.19995140e-01, 4.59990010e-01)]
+    shelf = {"slider_left": (-2.40851662e-01, 9.24044687e-02, 4.60990009e-01),
+             "slider_right": (7.03416330e-02, 9.24044687e-02, 4.60990009e-01)}
+    rng.shuffle(table)
+    scene = np.zeros(24)         # slider, drawer, button, switch, lightbulb, led, three blocks: x y z, angles
+    scene[:2] = 0.28 * (state["slider"] == "left"), 0.22 * (state["drawer"] == "open")
+    scene[3:6] = 0.088 * state["lightbulb"], state["lightbulb"], state["led"]
+    slots = {"red_block": 0, "blue_block": int(state["red_block"] == "table"), "pink_block": 1}
+    for i, block in zip((6, 12, 18), BLOCKS):
+        scene[i:i + 3] = shelf.get(state[block], table[slots[block]])
+        scene[i + 5] = rng.uniform(math.pi / 2 - math.pi / 8, math.pi / 2 + math.pi / 8)
+    return robot, scene
+
+
+class Calvin(Bench):
+    """One of CALVIN's 1,000 sequences of five instructions, in scene D.
+
+    The environment is reset once a sequence, the session with every instruction. order "sharded" builds the
+    environment anew for each sequence (its reset leaves traces: 2 mm later on), "official" keeps one. One at
+    a time in a process: pybullet's robot draws its base into the first one's world. CALVIN_EGL=1: on a GPU.
+    """
+    suite, title, body, default, robot, BATCH = "calvin", "CALVIN", "panda", "D", "calvin", 1
+    fps, film_every, SIZE, COUNT, CAMERAS, LIMIT = 30, 3, (200, 200), 1000, ("static", "gripper"), 360
+    kept, SETS = [], {"D": ("D",)}
+    max_steps = property(lambda self: self.began + self.LIMIT)        # of the present instruction
+
+    def _words(self, family):
+        return "move away from the table"                             # none of the 34
+
+    @classmethod
+    def _ready(cls):
+        return _need(cls.suite, "calvin_env", "hydra", "omegaconf", "calvin_env.envs.tasks")
+
+    def _build(self):
+        """(CALVIN's environment, the judge of its tasks, the 34 instructions), by its own settings."""
+        package, hydra, omega, tasks = self._ready()
+        load, merge = omega.OmegaConf.load, omega.OmegaConf.merge
+        conf = Path(package.__file__).resolve().parents[1] / "conf"
+        words = conf.parents[1] / "calvin_models" / "conf" / "annotations" / "new_playtable_validation.yaml"
+        if not words.is_file():
+            raise ValueError(f"{words}, the instructions, is missing: calvin_env must lie in a clone of "
+                             f"CALVIN: {PARTS['calvin'][0]['calvin_env']}.")
+        about = omega.OmegaConf.create({
+            "seed": 0, "use_vr": False, "data_path": str(conf.parent / "data"),
+            "robot": merge(load(conf / "robot/panda.yaml"), load(conf / "robot/panda_longer_finger.yaml")),
+            "scene": load(conf / "scene/calvin_scene_D.yaml"), "env": load(conf / "env/play_table_env.yaml"),
+            "cameras": {name: load(conf / f"cameras/cameras/{name}.yaml") for name in self.CAMERAS}})
+        env = hydra.utils.instantiate(about.env, show_gui=False, use_vr=False, use_scene_info=True,
+                                      use_egl=bool(os.environ.get("CALVIN_EGL")))
+        judge = tasks.Tasks(load(conf / "tasks/new_playtable_tasks.yaml").tasks)
+        return env, judge, {name: texts[0] for name, texts in load(words).items()}
+
+    def _start(self):
+        state, self.chain = calvin_sequences()[self.seed]
+        self.kept[:] = self.kept or [self._build()]
+        self.env, self.judge, self.texts = self.kept[0]
+        robot, scene = calvin_layout(state)
+        self.obs, self.solved = self.env.reset(robot_obs=robot, scene_obs=scene), 0
+        self._next()
+
+    def _next(self):
+        self.began, self.before = self.count, self.env.get_info()
+        self._say(self.texts[self.chain[self.solved]])
+
+    def _step(self, action):
+        self.obs, _, _, info = self.env.step(action)
+        if self.judge.get_task_info_for_set(self.before, info, {self.chain[self.solved]}):
+            self.solved += 1
+            self.done = self.solved == len(self.chain)
+            if not self.done:
+                self._next()
+
+    def _frame(self, camera):
+        return np.ascontiguousarray(self.obs["rgb_obs"][f"rgb_{camera}"])          # the gripper's: 84 x 84
+
+    def _feel(self):
+        return self.obs["robot_obs"], self.obs["robot_obs"][:3]
+
+    def camera(self, view):
+        """The Camera of a view, by OpenGL's matrix: right, up, backwards."""
+        name = self.cameras.get(view, self.CAMERAS[0])
+        lens = next(lens for lens in self.env.cameras if lens.name == name)
+        pose = np.reshape(lens.viewMatrix if name == "static" else lens.view_matrix, (4, 4)).T
+        return Camera(-pose[:3, :3].T @ pose[:3, 3], pose[:3, :3] * [[1], [-1], [-1]], math.radians(lens.fov))
+
+    def report(self):
+        """The five tasks, and how many of them were done in a row."""
+        return {"chain": list(self.chain), "solved": self.solved}
+
+    def close(self):
+        """Keep the environment for the next sequence, if that is the order."""
+        if self.order == "sharded":
+            self.env.close()
+            self.env.ownsPhysicsClient = False                        # else it closes the next one's, too
+            self.kept.clear()
+
+
+SIMS = {"tabletop": Tabletop, "metaworld": MetaWorld, "libero": Libero, "simpler": Simpler,
+        "simpler3": SimplerPort, "calvin": Calvin, "maniskill": ManiSkill}
 # What a simulator consists of: {module: how it is installed}, one of these libraries: how they are.
 _OPENGL = tuple(GL.values()), "apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri (or libosmesa6)"
 _VULKAN = ("vulkan",), "apt-get install libvulkan1 mesa-vulkan-drivers (without a GPU: Mesa 25 or newer)"
-_SIMPLER = "git clone --recurse-submodules https://github.com/simpler-env/SimplerEnv"
-_CALVIN = "git clone --recurse-submodules https://github.com/mees/calvin"
+_SIMPLER = ("git clone --recurse-submodules https://github.com/simpler-env/SimplerEnv && git -C SimplerEnv "
+            "checkout --recurse-submodules 4ab7178 && "
+            "pip install -e SimplerEnv/ManiSkill2_real2sim -e SimplerEnv")
+_CALVIN = ("git clone --recurse-submodules https://github.com/mees/calvin && git -C calvin checkout "
+           "--recurse-submodules fa03f01 && pip install -e calvin/calvin_env pybullet==3.2.7 "
+           "hydra-core==1.3.2 gym==0.26.2")
+_MANISKILL = "pip install mani_skill==3.0.1 sapien==3.0.3"
 PARTS = {
     "tabletop": ({"numpy": "pip install -e ."}, (), ""),
     "metaworld": (dict.fromkeys(("metaworld", "mujoco", "gymnasium", "packaging"), "pip install "
                                 "metaworld==3.1.1 mujoco==3.3.0 gymnasium==1.4.0 packaging"), *_OPENGL),
-    "libero": (dict.fromkeys(("libero", "robosuite", "bddl"), "pip install hf-libero==0.1.4; the assets: "
-                             "the hub's lerobot/libero-assets into ~/.cache/libero/assets"), *_OPENGL),
+    "libero": (dict.fromkeys(("libero", "robosuite", "bddl", "mujoco"), "pip install hf-libero==0.1.4 "
+                             "mujoco==3.3.2; the assets: the hub's lerobot/libero-assets into "
+                             "~/.cache/libero/assets"), *_OPENGL),
     "simpler": ({"sapien": "pip install sapien==2.2.2 'numpy<2'",
-                 "mani_skill2_real2sim": f"{_SIMPLER} && pip install -e SimplerEnv/ManiSkill2_real2sim",
-                 "simpler_env": f"{_SIMPLER} && pip install -e SimplerEnv"}, *_VULKAN),
-    "calvin": ({"pybullet": "pip install pybullet==3.2.7", "hydra": "pip install hydra-core",
-                "gym": "pip install gym", "quaternion": "pip install numpy-quaternion",
-                "calvin_env": f"{_CALVIN} && pip install -e calvin/calvin_env",
-                "calvin_agent": f"{_CALVIN} && pip install -e calvin/calvin_models"}, (), ""),
-    "maniskill": (dict.fromkeys(("mani_skill", "sapien"), "pip install mani_skill==3.0.1 sapien==3.0.3"),
-                  *_VULKAN),
+                 **dict.fromkeys(("mani_skill2_real2sim", "simpler_env"), _SIMPLER)}, *_VULKAN),
+    "simpler3": (dict.fromkeys(("mani_skill", "sapien"), _MANISKILL + "; python -m "
+                               "mani_skill.utils.download_asset bridge_v2_real2sim"), *_VULKAN),
+    "calvin": (dict.fromkeys(("pybullet", "hydra", "gym", "quaternion", "git", "cv2", "calvin_env"), _CALVIN),
+               (), ""),
+    "maniskill": (dict.fromkeys(("mani_skill", "sapien"), _MANISKILL), *_VULKAN),
 }
-PUBLISHED = {"tabletop": "none: a simulator of this project",
-             "metaworld": "none: no paper of the five methods has Meta-World"}
+# Flags that not every simulator has a use for, and those that have one.
+OWN_FLAGS = {"body": ("tabletop",), "fast_render": ("metaworld",), "image_size": ("tabletop", "metaworld"),
+             "gripper": ("metaworld", "libero", "simpler", "simpler3", "calvin", "maniskill"),
+             "order": ("libero", "calvin"), "env_seed": ("libero",), "limits": ("simpler", "simpler3")}
+# Published success [%] of a method in a simulator, and where it stands; of other pairs: none is known.
+_COGACT = {
+    "source": "CogACT, paper's tables; WidowX with 120 steps", "google_vm/pick_coke_can": 91.3,
+    "google_vm/move_near": 85.0, "google_vm/drawer": 71.8, "google_vm/apple_in_drawer": 50.9,
+    "google_vm": 74.8, "google_va/pick_coke_can": 89.6, "google_va/move_near": 80.8, "google_va/drawer": 28.3,
+    "google_va/apple_in_drawer": 46.6, "google_va": 61.3, "widowx/spoon_on_towel": 71.7,
+    "widowx/carrot_on_plate": 50.8, "widowx/stack_cube": 15.0, "widowx/eggplant_in_basket": 67.5,
+    "widowx": 51.3}
+PUBLISHED = {
+    "tabletop": "none: a simulator of this project",
+    "metaworld": "none: no paper of the five methods has Meta-World",
+    "maniskill": "none: no paper of the five methods has a success rate in ManiSkill 3",
+    ("libero", "vla0"): {"source": "VLA-0, paper's Table I", "libero_spatial": 97.0, "libero_object": 97.8,
+                         "libero_goal": 96.2, "libero_10": 87.6, "mean": 94.7},
+    ("libero", "robobrain_x0"): {"source": "RoboBrain-X0, README's bars, +-0.1", "libero_spatial": 97.8,
+                                 "libero_object": 99.4, "libero_goal": 96.2, "libero_10": 91.8, "mean": 96.3},
+    ("simpler", "cogact"): _COGACT, ("simpler3", "cogact"): _COGACT | {
+        "source": _COGACT["source"] + "; of the original SimplerEnv, not of the port"},
+    ("calvin", "robovlms"): {"source": "RoboVLMs' README, KosMos, trained on ABC (on ABCD: 96.7, 93.0, 89.9, "
+                             "86.5, 82.6; length 4.49)", "1 in a row": 98.0, "2 in a row": 93.6,
+                             "3 in a row": 85.4, "4 in a row": 77.8, "5 in a row": 70.4, "mean": 70.4,
+                             "length": 4.25}}
+# What a method's publication does its own way, unless something else is asked for; stored with the results.
+DEFAULTS = {("libero", "vla0"): {"env_seed": 7}, ("simpler", "cogact"): {"limits": "cogact"},
+            ("simpler3", "cogact"): {"limits": "cogact"}}
 
 
 # ---- Evaluation: many episodes at once, one batched inference for all that need a chunk -------------------
@@ -1314,11 +2081,9 @@ class Tape:
 
     def add(self, seen, action):
         """seen: an observation, as from `observe`; action: what is done next."""
-        action = np.asarray(action, np.float32)
-        if getattr(self.env, "gripper", "") and self.env.embodiment != "arm":      # the effort that is played
-            action = np.append(action[:-1], 1 - 2 * action[-1])
+        action = action if isinstance(self.env, Tabletop) else self.env.played(action)
         self.seen.append(seen)
-        self.done.append(action)
+        self.done.append(np.asarray(action, np.float32))
         self.path.append(self.env.track())
 
     def episode(self, families):
@@ -1336,6 +2101,16 @@ class Tape:
                 "seed": np.full(n, env.seed), "family": np.full(n, families.index(env.family))}
 
 
+def _session(env, model, method, unnorm_key, execute):
+    """A Policy for this environment; of a method that knows its robot, one that acts as that wants it."""
+    robot = getattr(env, "robot", "")
+    env.native = robot in getattr(method, "ROBOTS", ())
+    if robot == "google_robot" and not env.native:
+        raise ValueError("Google's robot has a relative gripper: only cogact and robovlms drive it.")
+    how = {"robot": robot} if env.native else {}
+    return method.Policy(model, unnorm_key=unnorm_key, execute=execute, **how)
+
+
 def run_wave(jobs, model, method, split, control="", unnorm_key=None, execute=None, film=None,
              tick=lambda: None, embodiment="gripper", sim="tabletop", settings={}, tapes=None, **act):
     """Play the episodes `jobs` = [(seed, family), ...] side by side; model None: control random or expert.
@@ -1351,7 +2126,7 @@ def run_wave(jobs, model, method, split, control="", unnorm_key=None, execute=No
     if model is not None:
         settings |= {"views": model.cfg.views, "image_size": model.cfg.image_size}
     envs = [_world(seed, family, split, control, sim, settings) for seed, family in jobs]
-    policies = [method.Policy(model, unnorm_key=unnorm_key, execute=execute) for _ in jobs] if model else []
+    policies = [_session(env, model, method, unnorm_key, execute) for env in envs] if model else []
     chance, film = [np.random.default_rng([env.seed, 3]) for env in envs], film or {}
     if tapes is not None:
         tapes += [Tape(env) for env in envs]
@@ -1379,12 +2154,16 @@ def run_wave(jobs, model, method, split, control="", unnorm_key=None, execute=No
                 film[i].append(with_points(env.picture("third", FILM, FILM)[0], points))
             if tapes is not None:
                 tapes[i].add(seen[i], action)
+            told = env.instruction
             env.advance(action)
+            if policies and env.instruction != told:                  # CALVIN's next of five: begin anew
+                policies[i].reset()
             if not env.success() and env.count < env.max_steps:
                 continue
             live.remove(i)
             rows[i] = {"task": env.family, "seed": env.seed, "success": env.success(), "steps": env.count,
-                       "instruction": env.instruction, "parse_failed": failed[i]}
+                       "instruction": env.instruction, "parse_failed": failed[i],
+                       **(env.report() if isinstance(env, Bench) else {})}
             if said[i]:
                 rows[i]["said"] = [sum(said[i]), len(said[i])]
             if len(env.goals) > 1:
@@ -1517,13 +2296,13 @@ def evaluate(model, method, families=DEFAULT_FAMILIES, episodes=200, split="eval
     """
     from tqdm import tqdm
     model, world = None if control in NO_MODEL else model, SIMS[sim]
-    settings = {key: x for key, x in settings.items() if key != "gripper" or model is not None}
-    if world is MetaWorld:
-        embodiment = "arm" if model is not None and method.PREDICTS == "waypoints" else "sawyer"
-    name = dataset_name(embodiment) if world is Tabletop else sim
-    if unnorm_key is None and model is not None:
-        several = len(model.stats or ()) > 1 and name in model.stats
-        unnorm_key = name if embodiment in BODIES[1:] or several else None
+    who = getattr(method, "__name__", "") if model is not None else ""
+    settings = {key: x for key, x in (DEFAULTS.get((sim, who), {}) | settings).items()
+                if key != "gripper" or model is not None}
+    if world is not Tabletop:
+        points = world is MetaWorld and model is not None and method.PREDICTS == "waypoints"
+        embodiment = "arm" if points else getattr(world, "body", "sawyer")
+    unnorm_key = _unnorm_key(world, families, settings, embodiment, model, method, unnorm_key, execute)
     _check(model, method, families, episodes, split, batch, control, unnorm_key, execute, embodiment, sim,
            settings)
     out, record = out and Path(out), record and Path(record)
@@ -1535,11 +2314,12 @@ def evaluate(model, method, families=DEFAULT_FAMILIES, episodes=200, split="eval
     waves = [(i, jobs[i:i + batch]) for i in range(0, episodes, batch)]
     firsts = {family: i for i, (_, family) in reversed([*enumerate(jobs)])}                 # of each family
     filmed = sorted(firsts.values())[:10] if out and (model or record or world is Tabletop) else ()
+    known = PUBLISHED.get((sim, who), PUBLISHED.get(sim, "not measured by its authors"))
     about = {"suite": sim, "version": VERSION, "split": split, "families": list(families),
              "embodiment": embodiment, "control": control, "start": start, "seed": seed, "batch": batch,
              "execute": execute, "unnorm_key": unnorm_key, "act": act, "settings": settings,
              "checkpoint": checkpoint,
-             "made_with": made_with(getattr(model, "device", "cpu"), PARTS[sim][0])}
+             "made_with": made_with(getattr(model, "device", "cpu"), _distributions(sim)) | _clones(sim)}
     how = dict(seed=seed, filmed=filmed, record=record and list(families), start=start, split=split, sim=sim,
                control=control, unnorm_key=unnorm_key, execute=execute, embodiment=embodiment,
                settings=settings, **act)
@@ -1555,10 +2335,34 @@ def evaluate(model, method, families=DEFAULT_FAMILIES, episodes=200, split="eval
     if writer:
         writer.close()
     results = about | {**summary(rows, families), "seconds": round(time.time() - begin, 1), "episodes": rows,
-                       "published": PUBLISHED[sim]}
+                       "published": known}
     if out:
         save(results, film, out)
     return results
+
+
+def _unnorm_key(world, families, settings, embodiment, model, method, unnorm_key, execute):
+    """Whose statistics undo the normalization: those asked for; the body's own, the robot's."""
+    if unnorm_key is not None or model is None:
+        return unnorm_key
+    if issubclass(world, Bench):
+        session = _session(world(families, **settings), model, method, None, execute)
+        return getattr(session, "unnorm_key", None)
+    name = dataset_name(embodiment) if world is Tabletop else world.suite
+    several = len(model.stats or ()) > 1 and name in model.stats
+    return name if embodiment in BODIES[1:] or several else None
+
+
+def _check_bench(env, model, method, batch, control):
+    if control == "expert":
+        raise ValueError(f"{env.title} has no expert; --control random, or a checkpoint.")
+    if model is not None and method.PREDICTS != "actions":
+        raise ValueError(f"{method.__name__} predicts points, {env.title} wants actions: it is played in "
+                         "tabletop or metaworld.")
+    if env.suite == "calvin" and batch > 1:
+        raise ValueError(f"batch={batch}: of CALVIN one sequence at a time is played in a process; --workers "
+                         "plays several.")
+    env._ready()
 
 
 def _check(model, method, families, episodes, split, batch, control, unnorm_key, execute, embodiment, sim,
@@ -1572,7 +2376,9 @@ def _check(model, method, families, episodes, split, batch, control, unnorm_key,
         raise ValueError(f"episodes={episodes}, batch={batch}: both must be at least 1.")
     if sim == "tabletop" and embodiment not in BODIES:
         raise ValueError(f"embodiment={embodiment!r}: episodes are played by {' or '.join(BODIES)}.")
-    SIMS[sim](families, split, **settings)
+    env = SIMS[sim](families, split, **settings)
+    if isinstance(env, Bench):
+        _check_bench(env, model, method, batch, control)
     if sim == "metaworld":
         import_metaworld()
         if episodes % len(families):
@@ -1581,10 +2387,10 @@ def _check(model, method, families, episodes, split, batch, control, unnorm_key,
     if model is not None:
         from common import pick_stats
         seen = {"views": model.cfg.views, "image_size": model.cfg.image_size}
-        SIMS[sim](families, split, **settings | seen, embodiment=embodiment)
+        env = SIMS[sim](families, split, **settings | seen, embodiment=embodiment)
         if method.PREDICTS == "actions":
             pick_stats(model.stats, unnorm_key)
-        method.Policy(model, unnorm_key=unnorm_key, execute=execute)
+        _session(env, model, method, unnorm_key, execute)
 
 
 def summary(rows, families):
@@ -1595,7 +2401,22 @@ def summary(rows, families):
     by_task = {f: [r for r in rows if r["task"] == f] for f in families}
     return {**rate(rows), "tasks": {f: {**rate(mine), "episodes": len(mine)} for f, mine in by_task.items()},
             "mean_steps": round(float(np.mean([r["steps"] for r in rows])), 1),
-            "parse_failed": sum(r["parse_failed"] for r in rows), **_decomposition(rows)}
+            "parse_failed": sum(r["parse_failed"] for r in rows), **_decomposition(rows),
+            **_averages(rows, by_task)}
+
+
+def _averages(rows, by_task):
+    """Of tasks GROUP/NAME: each group's mean of its tasks' rates. Of CALVIN's: 1 to 5 in a row, length."""
+    groups, out = {}, {}
+    for task, mine in by_task.items():
+        if "/" in task and mine:
+            groups.setdefault(task.split("/")[0], []).append(float(np.mean([r["success"] for r in mine])))
+    if groups:
+        out["averages"] = {group: float(np.mean(rates)) for group, rates in groups.items()}
+    if solved := [r["solved"] for r in rows if "solved" in r]:
+        out["averages"] = {f"{n} in a row": float(np.mean([k >= n for k in solved])) for n in range(1, 6)}
+        out["length"] = float(np.mean(solved))
+    return out
 
 
 def _decomposition(rows):
@@ -1625,6 +2446,23 @@ def origin(ckpt):
     return {"path": str(ckpt), "sha256": digest.hexdigest()}
 
 
+_packages = lru_cache(packages_distributions)
+
+
+def _distributions(sim):
+    """What the modules of a simulator's PARTS are called where versions are asked for: PIL is Pillow's."""
+    names = _packages() if issubclass(SIMS[sim], Bench) else {}
+    return [names.get(module, [module])[0] for module in PARTS[sim][0]]
+
+
+def _clones(sim):
+    """{"MODULE's commit": what git says} of the modules of a simulator that are installed from a clone."""
+    files = {name: getattr(sys.modules.get(name), "__file__", None) for name in PARTS[sim][0]
+             if name in ("mani_skill2_real2sim", "calvin_env")}
+    return {f"{name}'s commit": _commit(Path(file).resolve().parents[1])
+            for name, file in files.items() if file}
+
+
 def made_with(device, packages=()):
     """Versions, commit ("-dirty": changed since; "": not a git checkout) and hardware, for the record.
 
@@ -1637,14 +2475,17 @@ def made_with(device, packages=()):
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = None
-    here, commit = Path(__file__).resolve().parent, ""
+    commit = _commit(Path(__file__).resolve().parent)
+    return {**found, "commit": commit, "hardware": f"{device}, {platform.machine()}, {os.cpu_count()} cores"}
+
+
+def _commit(here):
     git = ["git", "--no-optional-locks", f"--git-dir={here / '.git'}", f"--work-tree={here}"]
     describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        commit = subprocess.run(git + describe, capture_output=True, text=True, timeout=10).stdout.strip()
+        return subprocess.run(git + describe, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):                      # no git here: nothing to record
-        pass
-    return {**found, "commit": commit, "hardware": f"{device}, {platform.machine()}, {os.cpu_count()} cores"}
+        return ""
 
 
 def claim(out, flag="--out"):
@@ -1719,19 +2560,49 @@ def write_film(film, results, path):
     pages[0].save(path, "GIF", save_all=True, append_images=pages[1:], duration=world.film_ms, loop=0)
 
 
+def _lines(results):
+    """{name: (rate, interval or None, episodes)} of a table: its tasks, groups of them, all."""
+    rows = {name: (r["success"], r["interval"], r["episodes"]) for name, r in results["tasks"].items()}
+    rows |= {name: (rate, None, "") for name, rate in results.get("averages", {}).items()}
+    return rows | {"mean": (results["success"], results["interval"], len(results["episodes"]))}
+
+
+def _known(results):
+    """What is published on what was played: on a group of tasks, or all, if none of them is missing."""
+    if results["control"] or not isinstance(results["published"], dict):
+        return {}
+    world, played = SIMS[results["suite"]], {*results["families"]}
+    groups = world.SETS | {"mean": world.SETS[world.default]}
+    return {name: x for name, x in results["published"].items() if {*groups.get(name, ())} <= played}
+
+
+def print_comparison(found):
+    """Several checkpoints side by side. found: {name: results of `evaluate`}."""
+    lines = {name: _lines(results) for name, results in found.items()}
+    tasks = list(next(iter(lines.values())))
+    wide, columns = max(map(len, tasks)), [max(8, len(name)) for name in found]
+    print(f"\n{'success':<{wide}} " + " ".join(f"{name:>{n}}" for name, n in zip(found, columns)))
+    for task in tasks:
+        rates = (f"{lines[name][task][0]:>{n}.1%}" for name, n in zip(found, columns))
+        print(f"{task:<{wide}} " + " ".join(rates))
+
+
 def print_table(results):
     """The results of `evaluate`, a line per task family."""
     control = f", body {results['embodiment']}" if results["embodiment"] in BODIES[1:] else ""
     control += f", control: {results['control']}" if results["control"] else ""
     wide = max(8, *map(len, results["tasks"]))
-    print(f"\n{'task':<{wide}} {'success':>8} {'95 % interval':>16} {'episodes':>9}   "
-          f"{results['suite']}, split {results['split']}{control}")
-    rows = [*results["tasks"].items(), ("mean", results | {"episodes": len(results["episodes"])})]
-    for name, r in rows:
-        low, high = r["interval"]
-        print(f"{name:<{wide}} {r['success']:>7.1%} {f'{low:.1%} .. {high:.1%}':>16} {r['episodes']:>9}")
-    if results["suite"] != "tabletop":
-        print(f"published: {results['published']}")
+    known = _known(results)
+    print(f"\n{'task':<{wide}} {'success':>8} {'95 % interval':>16} {'episodes':>9} "
+          + "  published" * bool(known) + f"  {results['suite']}, split {results['split']}{control}")
+    for name, (rate, interval, n) in _lines(results).items():
+        low, high = interval or (0, 0)
+        print(f"{name:<{wide}} {rate:>7.1%} {f'{low:.1%} .. {high:.1%}' if interval else '':>16} {n:>9} "
+              + (f"{known.get(name, '-'):>11}" if known else ""))
+    if results["suite"] != "tabletop" and not results["control"]:
+        print(f"published: {known.get('source') or results['published']}")
+    if "length" in results:
+        print(f"average length {results['length']:.2f}" + f", published {known.get('length')}" * bool(known))
     print(f"mean steps {results['mean_steps']}, {results['seconds']} s"
           + (f", {results['parse_failed']} unreadable outputs" if results["parse_failed"] else "")
           + (f", sub-tasks right {results['subtasks_right']:.1%}" if "subtasks_right" in results else ""))
@@ -1748,7 +2619,8 @@ def flags():
     p = Parser(__doc__, prog="eval_sim.py")
 
     what = p.add_argument_group("what")
-    what.add_argument("--ckpt", help="checkpoint to evaluate: our folder, an official release, or a hub id")
+    what.add_argument("--ckpt", nargs="+", help="checkpoint to evaluate: our folder, an official release, or "
+                      "a hub id; several: one after the other, and a table of all")
     what.add_argument("--model", choices=METHODS, help="its method (default: what its config.json says)")
     what.add_argument("--preset", help="preset of an official checkpoint that does not name its own")
     what.add_argument("--control", choices=(*CONTROLS, "all"),
@@ -1761,24 +2633,32 @@ def flags():
                       "missing and how it is installed; one picture, a few steps")
 
     sim = p.add_argument_group("simulator")
-    sim.add_argument("--sim", choices=PARTS, help="which simulator (default: tabletop; "
-                     f"played are {' and '.join(SIMS)}, of the others --check finds the parts)")
+    sim.add_argument("--sim", choices=SIMS, help="which simulator (default: tabletop); simpler3: "
+                     "SimplerEnv's tasks of the WidowX in ManiSkill 3")
     sim.add_argument("--families", "--tasks", dest="families", help="tabletop: all, or some of "
                      f"{','.join(FAMILIES + PAIRS)} (default: {','.join(DEFAULT_FAMILIES)}; all: the six of "
-                     "one goal). metaworld: mt10 (default), mt50, or names, as reach,door-open")
+                     "one goal). metaworld: mt10 (default), mt50, or names, as reach,door-open. libero: "
+                     "libero (default: four suites), one, libero_90, or names, as libero_goal/3. simpler: "
+                     "widowx (default), google_vm, google_va, or names, as widowx/stack_cube. maniskill: "
+                     "default, all, or names")
     sim.add_argument("--body", choices=BODIES, help="gripper (default): one arm; dual: two")
     sim.add_argument("--split", choices=SPLITS, help="eval (default): unseen scenes; hard: also unseen "
                      "colour-shape pairs, phrasings and camera pose; metaworld: eval, train, val")
     sim.add_argument("--episodes", type=within(1, 10**6), help="how many in all (default: 200; metaworld: 10 "
-                     "per task)")
-    sim.add_argument("--batch", type=within(1), help="episodes played side by side (default: 64; metaworld: "
-                     "10)")
+                     "per task; others: all that the benchmark has)")
+    sim.add_argument("--batch", type=within(1), help="episodes played side by side (default: 64; metaworld, "
+                     "libero: 10, calvin: 1, others: 4)")
     sim.add_argument("--workers", type=within(1), help="processes that play (default: only this one); the "
                      "numbers are those of one")
     sim.add_argument("--fast-render", action="store_true", default=None, help="metaworld: no shadows, no "
                      "smooth edges, eight times as fast; not the official pictures")
-    sim.add_argument("--gripper", choices=("openvla",), help="metaworld: of a model trained with --data "
+    sim.add_argument("--gripper", choices=("openvla",), help="of a model trained with --data "
                      "lerobot=DIR,gripper=openvla (1 = open, 0 = closed)")
+    sim.add_argument("--order", choices=ORDERS, help="libero, calvin: sharded (default), every episode by "
+                     "itself; official: after those before it, as the official scripts do")
+    sim.add_argument("--env-seed", type=within(0), help="libero: of fixtures' places (default: 0, vla0: 7)")
+    sim.add_argument("--limits", choices=LIMITS, help="simpler, simpler3: stock step limits, or cogact's "
+                     "(its default): 120 for all of the WidowX")
     sim.add_argument("--views", help="cameras that are recorded without a model (default: third)")
     sim.add_argument("--image-size", type=within(2), help="their pixels per side (default: tabletop 64, "
                      "metaworld 224)")
@@ -1808,7 +2688,7 @@ def parse(argv=None):
         raise ValueError(f"--expert and --control {a.control}: give one of them.")
     plays, drawn = ("ckpt", "control", "batch", "record", "workers", *policy), ("views", "image_size")
     asked, a.sim = a.sim, a.sim or "tabletop"
-    idle = [(f"--sim {a.sim}", ("fast_render", "gripper") if a.sim == "tabletop" else ("body",))]
+    idle = [(f"--sim {a.sim}", [name for name in OWN_FLAGS if a.sim not in OWN_FLAGS[name]])]
     if a.check:
         idle += [("--check", (*plays, "replay", "families", "split", "body", "episodes", "views", "gripper"))]
     elif a.replay:
@@ -1817,35 +2697,37 @@ def parse(argv=None):
     elif a.control in NO_MODEL:
         idle += [(f"--control {a.control}", ("gripper", *policy, *(() if a.record else drawn)))]
     else:
-        idle += [("an evaluation of --ckpt", drawn), ("--control all", ("record",) * (a.control == "all"))]
+        idle += [("an evaluation of --ckpt", drawn), ("--control all", ("record",) * (a.control == "all")),
+                 ("several --ckpt", ("record",) * (len(a.ckpt or ()) > 1))]
     if a.replay and asked and not a.check:
         raise ValueError(f"--replay {a.replay} has no use for --sim; leave it out.")
     for run, names in idle:
         if given := [name for name in names if getattr(a, name) is not None]:
             raise ValueError(f"{run} has no use for --{given[0].replace('_', '-')}; leave it out.")
-    if a.sim not in SIMS and not a.check:
-        raise ValueError(f"--sim {a.sim}: only its parts can be checked (--check); played are "
-                         f"{' and '.join(SIMS)}.")
     if not (a.ckpt or a.replay or a.check or a.control in NO_MODEL):
         raise ValueError("--ckpt is missing: which checkpoint should be evaluated? (Only --replay, --check "
                          f"and --control {' or '.join(NO_MODEL)} need none.)")
-    tabletop = a.sim == "tabletop"
-    for name, default in (("split", "eval"), ("batch", 64 if tabletop else 10), ("seed", 0),
-                          ("device", "auto"), ("attn", "auto"), ("control", ""), ("workers", 0),
-                          ("families", ",".join(DEFAULT_FAMILIES) if tabletop else "mt10"),
+    world, a.ckpt = SIMS[a.sim], list(dict.fromkeys(a.ckpt or ()))
+    bench = issubclass(world, Bench)
+    sets = (world.SETS if bench else {"all": FAMILIES, "default": DEFAULT_FAMILIES} if world is Tabletop else
+            {"mt10": MT10, "mt50": tuple(METAWORLD)})
+    batch, tasks = ((world.BATCH, world.default) if bench else (64, "default") if world is Tabletop else
+                    (10, "mt10"))
+    for name, default in (("split", "eval"), ("batch", batch), ("seed", 0), ("device", "auto"),
+                          ("attn", "auto"), ("control", ""), ("workers", 0), ("families", tasks),
                           ("body", BODIES[0])):
         setattr(a, name, default if getattr(a, name) is None else getattr(a, name))
-    sets = {"all": FAMILIES} if tabletop else {"mt10": MT10, "mt50": tuple(METAWORLD)}
-    a.families = sets.get(a.families) or tuple(
-        dict.fromkeys(name if tabletop else name.removesuffix("-v3") for name in a.families.split(",")))
-    a.episodes = a.episodes or (200 if tabletop else 10 * len(a.families))
+    suffix = "-v3" if world is MetaWorld else ""
+    a.families = tuple(dict.fromkeys(one for name in a.families.split(",")
+                                     for one in sets.get(name, (name.removesuffix(suffix),))))
     given = {"views": a.views and tuple(a.views.split(",")), "image_size": a.image_size,
-             "fast_render": a.fast_render, "gripper": a.gripper}
+             **{name: getattr(a, name) for name in OWN_FLAGS if name not in ("body", "image_size")}}
     if a.record and a.control in NO_MODEL:
         given |= {"views": given["views"] or ("third",)}
     a.settings = {name: value for name, value in given.items() if value is not None}
-    if a.sim in SIMS:
-        SIMS[a.sim](a.families, a.split, **a.settings)                # an unknown family is an error here
+    world(a.families, a.split, **a.settings)                          # an unknown family is an error here
+    a.episodes = a.episodes or (sum(map(world.count_of, a.families)) if bench else
+                                200 if world is Tabletop else 10 * len(a.families))
     return a
 
 
@@ -1857,23 +2739,59 @@ def find_method(ckpt, model=None):
     return importlib.import_module(name)
 
 
-def load(a, method):
-    """The model of --ckpt, ready to act; prints what it is."""
+def load(a, method, ckpt):
+    """The model of a checkpoint, ready to act; prints what it is."""
     from common import device, pick_attention
     where = device(a.device)
     attn = pick_attention(a.attn, where)
-    model = method.from_pretrained(a.ckpt, preset=a.preset, tokenizer=a.tokenizer, attn=attn, device=where)
+    model = method.from_pretrained(ckpt, preset=a.preset, tokenizer=a.tokenizer, attn=attn, device=where)
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{method.__name__}, {size:.2f} M parameters, from {a.ckpt}, on {where}, attention {attn}; plays "
+    print(f"{method.__name__}, {size:.2f} M parameters, from {ckpt}, on {where}, attention {attn}; plays "
           f"{a.execute or model.cfg.execute} of the {model.cfg.horizon} actions of a chunk")
     return model
 
 
-def reload(argv):
+def reload(argv, ckpt):
     """What a worker process evaluates: (model, method), loaded anew from the same flags."""
     a = parse(argv)
-    method = find_method(a.ckpt, a.model)
-    return load(a, method), method
+    method = find_method(ckpt, a.model)
+    return load(a, method, ckpt), method
+
+
+def _outs(a):
+    """The folder of each checkpoint's results."""
+    if len(a.ckpt) < 2:
+        return [a.out or (Path(*a.ckpt) / "eval" if a.ckpt and Path(*a.ckpt).is_dir() else Path("eval"))]
+    names = ["-".join(Path(ckpt).parts[-2:]) for ckpt in a.ckpt]
+    names = [f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+    return [a.out / name if a.out else Path(ckpt) / "eval" if Path(ckpt).is_dir() else Path("eval") / name
+            for ckpt, name in zip(a.ckpt, names)]
+
+
+class _Done:
+    """What a series of evaluations (--control all, several --ckpt) has finished, should it be interrupted."""
+
+    def __init__(self, a, out, n):
+        from common import read_json
+        self.path, self.kept = out / ".series.json", {"about": None, "done": {}}
+        if n > 1:                                                     # else there is nothing to remember
+            about = {key: str(value) for key, value in vars(a).items() if key not in ("workers", "out")}
+            self.kept["about"] = about | {"from": list(map(origin, a.ckpt)), "made_with": made_with("")}
+            if self.path.is_file() and (found := read_json(self.path)).get("about") == self.kept["about"]:
+                self.kept = found
+
+    def results(self, out, control):
+        """Those of a finished evaluation; None: it is to be played."""
+        from common import read_json
+        path = Path(out, self.kept["done"].get(f"{out} {control}", ""))
+        return read_json(path) if path.is_file() else None
+
+    def add(self, out, control, results):
+        """One evaluation is finished."""
+        from common import write_json
+        self.kept["done"][f"{out} {control}"] = f"results{_tail(results)}.json"
+        if self.kept["about"]:
+            write_json(self.path, self.kept)
 
 
 def check(a):
@@ -1882,24 +2800,25 @@ def check(a):
     missing = {module: told for module, told in modules.items() if find_spec(module) is None}
     if platform.system() == "Linux" and libraries and not any(map(find_library, libraries)):
         missing[" or ".join(f"lib{name}" for name in libraries)] = how
-    if a.sim == "metaworld" and not missing:
-        import_metaworld()                                            # it chooses MUJOCO_GL
+    if a.sim in ("metaworld", "libero") and not missing:
+        (import_metaworld if a.sim == "metaworld" else import_libero)()            # it chooses MUJOCO_GL
     for part, told in missing.items():
         print(f"missing {part}: {told}")
-    names = packages_distributions()                                  # PIL is Pillow's
+    names = _packages()                                               # PIL is Pillow's
     there = [names.get(module, [module])[0] for module in modules if module not in missing]
     for name, found in made_with("cpu", there).items():
         print(f"{name} {found}")
-    if missing or a.sim not in SIMS:
-        print(f"{a.sim}: {len(missing)} parts are missing" + "; it has no driver here" * (a.sim not in SIMS))
-        return int(bool(missing))
+    if missing:
+        print(f"{a.sim}: {len(missing)} parts are missing")
+        return 1
     claim(out := a.out or Path())
     out.mkdir(parents=True, exist_ok=True)
     path, env, begin = out / f"check-{a.sim}.png", SIMS[a.sim](**a.settings), time.time()
-    env.lay_out(seed := env.jobs(env.families, 1, "eval")[0][0])
+    bench, chance = isinstance(env, Bench), np.random.default_rng(0)
+    env.lay_out(seed := 0 if bench else env.jobs(env.families, 1, "eval")[0][0])
     Image.fromarray(env.picture("third")[0]).save(path)
     while env.count < 20 and not env.success():
-        env.advance(env.expert()[0])
+        env.advance(env.random_action(chance) if bench else env.expert()[0])
     print(f"{a.sim}, seed {seed}, {env.instruction!r}: built, drawn ({path}), {env.count} steps played: "
           f"{time.time() - begin:.1f} s")
     return 0
@@ -1918,23 +2837,37 @@ def main(argv=None):
         print(f"replayed {len(rows)} recorded episodes: {sum(r['success'] for r in rows)} succeed, "
               f"largest state error {worst:.1e}")
         return int(not worst <= 1e-3)                                 # 1: not the world it was recorded in
-    method = find_method(a.ckpt, a.model) if a.ckpt else None
-    out = a.out or (Path(a.ckpt) / "eval" if a.ckpt and Path(a.ckpt).is_dir() else Path("eval"))
-    claim(out)
-    model = None if a.control in NO_MODEL else load(a, method)
-    checkpoint = None if model is None else origin(a.ckpt) | {
-        "preset": a.preset, "tokenizer": a.tokenizer, "attn": pick_attention(a.attn, device(a.device))}
+    found, outs = {}, _outs(a)
+    for out in outs:
+        claim(out)
     tasks = ", ".join(a.families) if len(a.families) < 11 else f"{len(a.families)} tasks"
     print(f"{a.episodes} episodes of {tasks}; "
           + (f"body {a.body}; " if a.sim == "tabletop" else f"{a.sim}; ")
           + f"split {a.split}; {a.batch} side by side" + f", in {a.workers} processes" * bool(a.workers))
-    for control in ("", "swap", "blank", "random") if a.control == "all" else (a.control,):
-        results = evaluate(model, method, a.families, a.episodes, a.split, 0, a.batch, control, a.unnorm_key,
-                           a.execute, a.seed, out, checkpoint=None if control in NO_MODEL else checkpoint,
-                           embodiment=a.body, sim=a.sim, settings=a.settings, record=a.record,
-                           workers=a.workers, load=partial(reload, argv or sys.argv[1:]))
-        print_table(results)
-    print(f"results and film in {out}" + f", the recording in {a.record}" * bool(a.record))
+    controls = ("", "swap", "blank", "random") if a.control == "all" else (a.control,)
+    done = _Done(a, outs[0], len(outs) * len(controls))
+    for ckpt, out in zip(a.ckpt or [None], outs):
+        method, model = find_method(ckpt, a.model) if ckpt else None, None
+        for control in controls:
+            results, acts = done.results(out, control), control not in NO_MODEL
+            if results is None:
+                model = model or (load(a, method, ckpt) if acts else None)
+                checkpoint = origin(ckpt) | {
+                    "preset": a.preset, "tokenizer": a.tokenizer,
+                    "attn": pick_attention(a.attn, device(a.device))} if acts else None
+                results = evaluate(
+                    model, method, a.families, a.episodes, a.split, 0, a.batch, control, a.unnorm_key,
+                    a.execute, a.seed, out, checkpoint=checkpoint, embodiment=a.body, sim=a.sim,
+                    settings=a.settings, record=a.record, workers=a.workers,
+                    load=partial(reload, argv or sys.argv[1:], ckpt))
+                done.add(out, control, results)
+            print_table(results)
+            found[f"{ckpt} {control}".strip()] = results
+    if len(outs) > 1:
+        print_comparison(found)
+    done.path.unlink(missing_ok=True)                                 # the next series is a new one
+    print(f"results and film in {', '.join(map(str, outs))}"
+          + f", the recording in {a.record}" * bool(a.record))
 
 
 if __name__ == "__main__":

@@ -491,7 +491,7 @@ def test_expert_gate_mt10_and_mt50():
 # ---- Command line --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("argv, message", [
-    ("--sim libero --expert", "--sim libero: only its parts can be checked"),
+    ("--sim libero --expert", "LIBERO has no expert"),
     ("--expert --control random", "--expert and --control random"),
     ("--expert --fast-render", "tabletop has no use for --fast-render"), ("--expert --views wrist", "use for --views"),
     ("--ckpt x --views wrist", "of --ckpt has no use for --views"), ("--ckpt x --control all --record r", "for --record"),

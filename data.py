@@ -37,13 +37,13 @@ labels at 5 Hz: dx dy dz [m], droll dpitch dyaw [rad], gripper [0 closed .. 1 op
 motion and the last gripper. The body "dual" (--data tabletop@dual) has twice these numbers: right arm, left.
 
     python data.py --make                   # the default training set, into ~/.cache/plainvla
-    python data.py ~/.cache/plainvla/NAME   # what a set holds, and whether it is whole
     python data.py build-manifest --hdf5 LIBERO --out DIR    # then train.py --data DIR/manifest.jsonl
     python data.py hoi4d-frames --root DIR/HOI4D_release     # its videos -> frames, for two of A0's sets
     python data.py hoi4d-metadata --root DIR --definitions HOI4D-Instructions/definitions  # masks -> centres
     train.py --data maniskill=DIR+hoi4d=DIR: any of A0_FORMS in the unzipped A0-Dataset; a0=DIR: all five
     train.py --data lerobot=DIR, libero=DIR (HDF5), calvin=DIR, rlds=DIR: recorded episodes; see RECORDED
-    python data.py DIR --sheet FILE.png     # what such a folder holds, what in it is damaged; some frames
+    python data.py PATH --sheet FILE.png    # what it holds, what in it is damaged, some frames; PATH: a
+                                            # folder or file of any of these forms, or what --data takes
     train.py --model robovlms --set config=FILE.json: CALVIN, or your episodes, as an official JSON says
     python data.py robobrain-process ANNOTATION.json --out DIR    # AgileX's mp4 and HDF5 -> DIR/train.jsonl
     train.py --model robobrain_x0 --data robobrain=DIR/train.jsonl+robobrain=VQA.jsonl,weight=0.1
@@ -69,7 +69,7 @@ import zipfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -151,6 +151,63 @@ def _check_array(what, x, dtype, shape):
         at = np.argwhere(~np.isfinite(x))[0].tolist()
         raise ValueError(f"{what} is {x[tuple(at)]} at {at}, wanted finite numbers. Repair this frame, or "
                          "leave it out.")
+
+
+# ---- What all sets share ----------------------------------------------------------------------------------
+
+class Samples(torch.utils.data.Dataset):
+    """A set of samples in episodes: [i] is one. What a subclass has or may replace:
+
+    at (E + 1,): the first index of each episode, then len(); without it, each sample is one of its own.
+    damaged: [(number, why), ...] of what was left out. tasks: the instructions. PART, UNIT: what is numbered,
+    what an index counts. view, facts, check: for `report`.
+    """
+    PART, UNIT, tasks, damaged, stats = "episode", "frames", (), (), {}
+
+    @cached_property
+    def at(self):
+        """The first index of each episode, and the end."""
+        return np.arange(len(self) + 1)
+
+    def __len__(self):
+        return int(self.at[-1])
+
+    def place(self, index):
+        """(episode, frame in it) of an index; IndexError beyond the end, where an iteration stops."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        episode = int(np.searchsorted(self.at, index, side="right")) - 1
+        return episode, int(index - self.at[episode])
+
+    def facts(self):
+        """Lines that say what the set is."""
+        return ()
+
+    def check(self):
+        """Yield (number, why) of damage that only a look at every sample shows; `tasks` are known then."""
+        tasks = {}
+        for i in tqdm(range(len(self)), "samples", disable=None):
+            try:
+                tasks[check_sample(self[i], f"sample {i}").get("instruction", "")] = 0
+            except ValueError as e:
+                yield i, str(e)
+        self.tasks = self.tasks or [*filter(None, tasks)]
+
+    def whole(self, damaged):
+        """(first index, beyond the last) of each episode in which nothing is damaged."""
+        return [(a, b) for a, b in zip(self.at[:-1].tolist(), self.at[1:].tolist())
+                if not any(i in damaged for i in range(a, b))]
+
+
+@contextlib.contextmanager
+def _noted(damaged):
+    """A ValueError becomes a line of the list `damaged`; of None, it stays an error."""
+    try:
+        yield
+    except ValueError as e:
+        if damaged is None:
+            raise
+        damaged.append((str(e), str(e)))
 
 
 # ---- The tabletop dataset: made on first use --------------------------------------------------------------
@@ -343,7 +400,8 @@ def _manifest(folder):
     if not path.exists():
         raise ValueError(f"{folder} has no manifest.json: it is no finished set of `python data.py --make` "
                          "(nor LeRobot's, with meta/info.json, nor LIBERO's, with *.hdf5, nor RLDS, with "
-                         "features.json, nor CALVIN's, with lang_annotations).")
+                         "features.json, nor CALVIN's, with lang_annotations, nor RoboBrain-X0's, with "
+                         f"*.tar, nor one of A0's, {', '.join(A0_FORMS)}).")
     try:
         manifest = read_json(path)
         list(map(eval_sim.VIEWS.index, manifest["made_from"]["views"]))      # an unknown one is a ValueError
@@ -356,11 +414,11 @@ def _manifest(folder):
         raise _torn(path, e) from None
 
 
-class Episodes(torch.utils.data.Dataset):
+class Episodes(Samples):
     """A generated folder as a dataset: [i] is a frame's sample, `sample(episode, frame)` the same by name.
 
-    stats: {name: {"action": {...}, ...}}. starts (E + 1,): the first index of each episode. episodes: a
-    dict each: seed, family, instruction, frames, shard, start (its first frame in the shard).
+    stats: {name: {"action": {...}, ...}}. episodes: a dict each: seed, family, instruction, frames, shard,
+    start (its first frame in the shard).
     """
 
     def __init__(self, folder, horizon=8, history=1):
@@ -377,16 +435,11 @@ class Episodes(torch.utils.data.Dataset):
                 self.episodes.append({**facts, "shard": len(self.files), "start": start})
                 start += facts["frames"]
             self.files.append(path)
-        self.starts = np.cumsum([0] + [e["frames"] for e in self.episodes])
-
-    def __len__(self):
-        return int(self.starts[-1])
+        self.at = np.cumsum([0] + [e["frames"] for e in self.episodes])
+        self.tasks = sorted({e["instruction"] for e in self.episodes})
 
     def __getitem__(self, index):
-        if not 0 <= index < len(self):
-            raise IndexError(f"frame {index} of {len(self)}")
-        episode = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return self.sample(episode, int(index - self.starts[episode]))
+        return self.sample(*self.place(index))
 
     def __getstate__(self):
         return {**self.__dict__, "shards": {}}             # a copy in another process opens its own files
@@ -424,6 +477,21 @@ class Episodes(torch.utils.data.Dataset):
         shard, end = self._shard(e["shard"]), e["start"] + e["frames"]
         return {**e, **{name: shard.read(name, e["start"], end) for name in shard.file.keys()}}
 
+    def facts(self):
+        """Yield what it was made from, and how many of each family."""
+        size, families = sum(path.stat().st_size for path in self.files) / 1e6, [
+            e["family"] for e in self.episodes]
+        yield f"{NAME}, {size:.0f} MB in {len(self.files)} shards, {eval_sim.CONTROL_HZ} frames per second"
+        yield "made from    " + ", ".join(f"{key}={value}" for key, value in self.made_from.items())
+        yield "families     " + ", ".join(f"{x} {families.count(x)}" for x in sorted(set(families)))
+
+    def check(self):
+        """Yield (why, why): shards that are not as their checksum says."""
+        for entry in _manifest(self.folder)["shards"]:
+            if _sha256(path := self.folder / entry["file"]) != entry["sha256"]:
+                why = str(_torn(path, "its checksum is not the manifest's"))
+                yield why, why
+
 
 class Bodies(torch.utils.data.ConcatDataset):
     """Several sets, one after the other; stats: those of each, by its name.
@@ -452,12 +520,16 @@ class Bodies(torch.utils.data.ConcatDataset):
 
 
 class Chained(torch.utils.data.ConcatDataset):
-    """Several sets, one after the other, each with its own draw(index, key)."""
+    """Several sets, one after the other, each with its own draw(index, key), or sample(index, rng)."""
 
-    def draw(self, index, key):
+    def draw(self, index, key, how="draw"):
         """The sample at `index`, drawn by its own set."""
         number = int(np.searchsorted(self.cumulative_sizes, index, side="right"))
-        return self.datasets[number].draw(index - [0, *self.cumulative_sizes][number], key)
+        return getattr(self.datasets[number], how)(index - [0, *self.cumulative_sizes][number], key)
+
+    def sample(self, index, rng):
+        """The sample at `index`, as its own set gives it."""
+        return self.draw(index, rng, "sample")
 
 
 # ---- VLA-0's community form (Allenfree/VLA-0): built from LIBERO's HDF5 -----------------------------------
@@ -606,7 +678,7 @@ def _write_samples(out, low, high, horizon, num_bins, job):
 
 # ---- VLA-0's community form: read -------------------------------------------------------------------------
 
-class Manifest(torch.utils.data.Dataset):
+class Manifest(Samples):
     """A manifest.jsonl, the original's or built here: [i] is a sample. All lines are checked at once.
 
     `actions` are decoded from the text, which comes along as `action_text`. Digits hidden as X in the file
@@ -614,33 +686,43 @@ class Manifest(torch.utils.data.Dataset):
     range (as in the original) and its step does not count (loss_mask). No state is in the files: one zero.
     split: every 20th episode is "val", the rest "train". A line goes on with the episode of the line before
     if it has its instruction and its actions one step later (X fits any digit): neighbours are never parted.
+    split="all", horizon=None (the first line's): to look at. damaged: a list for the lines left out, else
+    they are an error.
     """
+    PART = "line"
 
-    def __init__(self, path, split="train", horizon=8, name="libero_hdf5"):
-        assert split in ("train", "val"), split
+    def __init__(self, path, split="train", horizon=8, name="libero_hdf5", damaged=None):
+        assert split in ("train", "val", "all"), split
         self.path, self.name, about = Path(path), name, Path(path).parent / "built_from.json"
         made_from = read_json(about) if about.exists() else {}
         self.num_bins = made_from.get("num_bins", 1000)
         self.low, self.high = self._limits()
         self.shape = (horizon, len(self.low))
         rows, first, at, episode, before = [], [], 0, -1, ("", None)
-        with open(path, "rb") as file:
+        with _layout(self.path, "VLA-0's form"), open(path, "rb") as file:
             for number, raw in enumerate(tqdm(file, str(path), unit="line", disable=rank_info()[0] > 0), 1):
-                line, q = self._parse(raw, number)
-                old = before[1][1:] if line["instruction"] == before[0] else None        # (H - 1, D)
-                episode += old is None or bool(((old != q[:-1]) & (old >= 0) & (q[:-1] >= 0)).any())
-                rows.append((number, at, episode, line["target_action_text"].count("X")))
-                first.append(q[0].astype(np.int32))
-                before, at = (line["instruction"], q), at + len(raw)
-        if len(rows) != made_from.get("samples", len(rows)) or not rows:
-            raise ValueError(f"{path} holds {len(rows)} samples of {made_from.get('samples', 'at least 1')}; "
-                             "run build-manifest again: it goes on where it was interrupted.")
+                start, at = at, at + len(raw)
+                with _noted(damaged):
+                    line, q = self._parse(raw, number)
+                    old = before[1][1:] if line["instruction"] == before[0] else None    # (H - 1, D)
+                    episode += old is None or bool(((old != q[:-1]) & (old >= 0) & (q[:-1] >= 0)).any())
+                    rows.append((number, start, episode, line["target_action_text"].count("X")))
+                    first.append(q[0].astype(np.int32))
+                    before = line["instruction"], q
+        self.damaged, whole = damaged or (), len(rows) + len(damaged or ())
+        if whole != max(wanted := made_from.get("samples", whole), 1):
+            raise ValueError(f"{path} holds {len(rows)} samples of {wanted or 'at least 1'}; run "
+                             "build-manifest again: it goes on where it was interrupted.")
+        if not rows:
+            raise ValueError(self.damaged[0][1])
         statistics = ActionStatistics()
         statistics.add(self._decode(np.stack(first)), trajectories=episode + 1)
         self.stats = {name: statistics.result([True] * (self.shape[1] - 1) + [False])}
         self.stats[name]["action"].update(min=self.low.tolist(), max=self.high.tolist())
         rows = np.array(rows)
-        self.rows = rows[(rows[:, 2] % 20 == 19) == (split == "val")]                    # (N, 4)
+        kept = (rows[:, 2] % 20 == 19) == (split == "val")
+        self.rows = rows if split == "all" else rows[kept]                               # (N, 4)
+        self.at = np.append(np.flatnonzero(np.diff(self.rows[:, 2], prepend=-1)), len(self.rows))
         hidden = self.rows[:, 3]
         if hidden.any() and rank_info()[0] == 0:
             print(f"{path}, {split}: {hidden.sum():,} digits are hidden as X, in {(hidden > 0).sum():,} of "
@@ -669,6 +751,7 @@ class Manifest(torch.utils.data.Dataset):
             *texts, H, D = (line[key] for key in FIELDS)
         except (ValueError, LookupError, TypeError) as e:
             raise ValueError(f"{where} is torn, or has not all of {', '.join(FIELDS)}: {e}") from None
+        self.shape = self.shape[0] or H, self.shape[1]
         if (H, D) != self.shape:
             raise ValueError(f"{where}: H={H}, D={D}; the model's horizon is {self.shape[0]}, the statistics "
                              f"have {self.shape[1]} numbers. Set horizon, or build another manifest.")
@@ -685,12 +768,12 @@ class Manifest(torch.utils.data.Dataset):
         q = np.where(q < 0, self.num_bins // 2, q)
         return (q / self.num_bins * (self.high - self.low) + self.low).astype(np.float32)
 
-    def __len__(self):
-        return len(self.rows)
+    def facts(self):
+        """Yield its form, horizon and integers."""
+        yield f"VLA-0's manifest.jsonl; horizon {self.shape[0]}, integers 0 .. {self.num_bins}"
 
     def __getitem__(self, index):
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
+        self.place(index)
         number, at = self.rows[index, :2].tolist()
         with open(self.path, "rb") as file:
             file.seek(at)
@@ -716,7 +799,8 @@ class Manifest(torch.utils.data.Dataset):
 #   HOI4D_release/**/align_rgb/00000.jpg, ...        the frames of both: see hoi4d_frames
 #   pixmo-points/*.parquet or .json, images/*        points [percent]; pictures, by the SHA-256 of their URL
 
-def a0_dataset(form, root, split="train", seed=0, first_frame=None, single_image=None, pictures=None):
+def a0_dataset(form, root, split="train", seed=0, first_frame=None, single_image=None, pictures=None,
+               damaged=None):
     """One of `A0_FORMS`, below `root` or in it: [i] is a window of episode i, the same each time.
 
     `draw(i, key)` draws another window for each key; `sample(i, rng)` takes rng's randint, choice and random,
@@ -725,14 +809,15 @@ def a0_dataset(form, root, split="train", seed=0, first_frame=None, single_image
     first_frame: the reference (history_images) is the segment's first frame, else the one before (None: in
     training). single_image: how often there is none (None: 0.4 in training, 0.3 for hoi4d_frame; 0 in tests).
     pictures: HOI4D_release, or pixmo's images, if elsewhere. Episodes left out are counted on stderr; what
-    else is wrong is a ValueError once it is met (the original prints it, and reads another episode).
+    else is wrong is a ValueError once it is met (the original prints it, and reads another episode), or of
+    the files that say what there is, a line of the list `damaged`.
     """
     choose("A0 has no form", form, list(A0_FORMS))
     root, (reader, names, *_) = Path(root).expanduser().resolve(), A0_FORMS[form]
     if not root.is_dir() or split not in ("train", "test"):
         raise ValueError(f"{form}={root}, split={split!r}: give the unzipped A0-Dataset, and train or test.")
     root = next((root / name for name in names if (root / name).is_dir()), root)
-    return reader(form, root, split, seed, first_frame, single_image, pictures)
+    return reader(form, root, split, seed, first_frame, single_image, pictures, damaged)
 
 
 @contextlib.contextmanager
@@ -749,17 +834,18 @@ def _layout(path, form="A0's sets"):
         raise ValueError(f"{path} is not as in {form}: {reason}. Copy it again.{make}") from None
 
 
-class A0Set(torch.utils.data.Dataset):
+class A0Set(Samples):
     """What the forms share. A subclass finds its episodes and reads them:
 
     row(path, content) -> what `read` needs besides, or a str: why it is left out (or an index() of its own).
     read(path, *row, rng) -> (instruction, points (up to 5, 2), current picture, reference picture or None,
     the class by which the official tests average, or "").
     """
+    UNIT = "windows"
 
-    def __init__(self, form, root, split, seed, first_frame, single_image, pictures):
+    def __init__(self, form, root, split, seed, first_frame, single_image, pictures, damaged=None):
         train, loud = split == "train", rank_info()[0] == 0
-        self.form, self.root, self.split, self.seed = form, root, split, seed
+        self.form, self.root, self.split, self.seed, self.noted = form, root, split, seed, damaged
         self.first_frame = train if first_frame is None else first_frame
         often = 0.3 if form == "hoi4d_frame" else 0.4
         self.single_image = often * train if single_image is None else single_image
@@ -767,10 +853,11 @@ class A0Set(torch.utils.data.Dataset):
         self.pictures = Path(pictures or root / beside).expanduser().resolve()
         rows = list(tqdm(self.index(), f"{form} {split}", unit="episode", leave=False, disable=not loud))
         self.rows = [(path, *row) for path, row in rows if not isinstance(row, str)]
+        self.damaged = damaged or ()
         if loud and (left := [row for _, row in rows if isinstance(row, str)]):
             why = ", ".join(f"{left.count(reason):,} {reason}" for reason in sorted(set(left)))
             print(f"{root}, {split}: {len(self):,} episodes; left out: {why}.", file=sys.stderr)
-        if train and not self.rows:
+        if train and not self.rows and not damaged:
             raise ValueError(f"{root}: no episode of {form} to train on. Is it the right folder, and whole?")
 
     def index(self):
@@ -780,10 +867,10 @@ class A0Set(torch.utils.data.Dataset):
         if listed.is_file():
             with _layout(listed):
                 names = [PurePosixPath(name).parts for name in read_json(listed)[self.split]]
-                paths = [self.first([self.root.joinpath(*name[i:]) for i in range(len(name))],
-                                    f"{listed} names it") for name in names]
-        for path in paths:
-            with _layout(path):
+                paths = (self.first([self.root.joinpath(*name[i:]) for i in range(len(name))],
+                                    f"{listed} names it") for name in names)
+        for path in filter(None, paths):
+            with _noted(self.noted), _layout(path):
                 yield path, self.row(path, read_json(path))
 
     def share(self, items):
@@ -794,9 +881,14 @@ class A0Set(torch.utils.data.Dataset):
 
     def first(self, paths, why):
         """The first of these files that is there; none is a ValueError."""
-        if path := next((path for path in paths if path.is_file()), None):
-            return path
-        raise ValueError(f"{paths[0]} is missing; {why}. Unzip the set again, or take it out there.")
+        with _noted(self.noted):
+            if path := next((path for path in paths if path.is_file()), None):
+                return path
+            raise ValueError(f"{paths[0]} is missing; {why}. Unzip the set again, or take it out there.")
+
+    def facts(self):
+        """Yield its form and split."""
+        yield f"A0's {self.form}, {self.split}; of each episode, one window is drawn in an epoch"
 
     def picture(self, path):
         """(h, w, 3) uint8, RGB."""
@@ -840,6 +932,7 @@ class Tracked(A0Set):
     """maniskill, droid_cotrack, droid_molmo_sam2: where an object's point went."""
 
     def row(self, path, episode):
+        """() for an episode of 6 frames or more that is valid, else why it is left out."""
         about, found = episode["metadata"], min(len(episode["waypoints2d"]), len(episode["cam_highs"]))
         start, end = about["validRange"]["start"], about["validRange"]["end"]
         if start < 0 or not found or end - 5 - start * (self.form == "maniskill") >= found:
@@ -847,6 +940,7 @@ class Tracked(A0Set):
         return () if end - start >= 5 and about.get("is_valid", True) else "too short, or marked not valid"
 
     def read(self, path, rng):
+        """A window of 5 points, 4 or 5 frames apart, from a frame drawn in the range on."""
         about, points, pictures = map(read_json(path).get, ("metadata", "waypoints2d", "cam_highs"))
         start, end, instruction = *map(about["validRange"].get, ("start", "end")), about["instructions"]
         if isinstance(instruction, list):                  # droid_cotrack's
@@ -868,6 +962,7 @@ class Hoi4d(A0Set):
     """hoi4d: an object's way through an event."""
 
     def row(self, path, clip):
+        """(its events that fit: (name, first, last frame),), or why the clip is left out."""
         centers, events = [frame["center"] for frame in clip["frames"]], []
         if not centers:
             raise ValueError(f"{path}: its list of frames is empty. Take the file out.")
@@ -881,6 +976,7 @@ class Hoi4d(A0Set):
         return (events,) if events else "without an event of 6 frames"       # (officially an endless loop)
 
     def read(self, path, events, rng):
+        """A drawn event's 5 points, from a drawn frame (tests: the first) to its end."""
         clip, (event, start, end) = read_json(path), rng.choice(events)
         at = rng.randint(start, end - 5) if self.split == "train" else start
         before = start if self.first_frame else max(at - 1, 0)
@@ -894,6 +990,7 @@ class Hoi4dFrame(A0Set):
     """hoi4d_frame: four points for a frame, made five; the reference is always the frame before."""
 
     def index(self):
+        """Yield (points, row) of the frames that the table calls good, by the best of their points."""
         listed, table = self.root / "hoi4d_frame_metadata.json", self.root / "HOI4D_points_rectification.csv"
         splits, whole = ("train", "val") if self.split == "train" else ("test",), read_json(listed)
         with _layout(listed):
@@ -911,9 +1008,11 @@ class Hoi4dFrame(A0Set):
                     if sources[0] == "base":
                         name = f"HOI4D_points/{{}}/{clip}/{frame:05d}/points2d.npy"
                     path = self.first([self.root / name.format(split) for split in splits], f"{table} has it")
-                    yield path, (line["instruction"] or instruction, clip, frame, thing)
+                    if path:
+                        yield path, (line["instruction"] or instruction, clip, frame, thing)
 
     def say(self, action, object, kpst_part=(), **_):
+        """The instruction of a frame without one, as officially."""
         cabinet = object == "Storage Furniture" and "Body of the Cabinet" in kpst_part
         part = next((part for part in ("Drawer", "Door") if cabinet and part in kpst_part), None)
         if part and action in ("open", "close"):
@@ -921,6 +1020,7 @@ class Hoi4dFrame(A0Set):
         return f"{ {'pickup': 'pick up', 'putdown': 'put down'}.get(action, action)} the {object.lower()}"
 
     def read(self, path, instruction, clip, frame, thing, rng):
+        """Its four points and one more between the last two, in pixels."""
         points = np.load(path, allow_pickle=False).astype(np.float64)
         points = (points[0] if path.name == "points2d.npy" else points).reshape(4, 2)
         points = np.insert(points, 3, (points[2] + points[3]) / 2, 0)                     # (5, 2)
@@ -932,6 +1032,7 @@ class PixmoPoints(A0Set):
     """pixmo-points, to pre-train on: a label and its one point, as all five waypoints; no reference."""
 
     def index(self):
+        """Yield (picture, (label, point)) of the rows with one point and a picture that opens."""
         with _layout(self.pictures):
             files = {path.stem: path for path in self.pictures.iterdir() if path.suffix != ".tmp"}
         mine = set()
@@ -941,7 +1042,7 @@ class PixmoPoints(A0Set):
             if name not in mine:                               # a download that failed may leave a message
                 yield files[name], "no picture"
         for table in sorted([*self.root.rglob("*.parquet"), *self.root.glob("*.json")]):
-            with _layout(table):
+            with _noted(self.noted), _layout(table):
                 for row in self.table(table):
                     name, points = hashlib.sha256(row["image_url"].encode()).hexdigest(), row["points"]
                     if len(points) != 1 or not is_text(row["label"]) or name not in files:
@@ -950,6 +1051,7 @@ class PixmoPoints(A0Set):
                         yield files[name], (row["label"], (points[0]["x"] / 100, points[0]["y"] / 100))
 
     def table(self, path):
+        """The rows of a .json (a list, or an object per line) or .parquet, dicts."""
         if path.suffix == ".json":                             # a list, or an object per line
             text = path.read_text(encoding="utf-8")
             return json.loads(text) if text.startswith("[") else map(json.loads, text.splitlines())
@@ -957,6 +1059,7 @@ class PixmoPoints(A0Set):
         return itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
 
     def read(self, path, label, point, rng):
+        """The label and its point, in fractions."""
         return label, [point], path, None, ""
 
 
@@ -974,16 +1077,7 @@ A0_FORMS = {       # form: reader, names of its folder; without a split file: ep
     "maniskill": (Tracked, ["maniskill"], "*/label/out*.json", 0.8),
     "droid_molmo_sam2": (Tracked, ["droid_molmo_sam2", "droid-molmo-sam2"], "episode*.json", 0.9),
     "pixmo-points": (PixmoPoints, ["pixmo-points", "pixmo_points"], "", 0.99)}
-
-
-class Mixture(torch.utils.data.ConcatDataset):
-    """Several sets, one after the other: every episode is as likely as any other, as officially."""
-    draw = A0Set.draw
-
-    def sample(self, index, rng):
-        """The sample at `index`, as its own set gives it."""
-        number = int(np.searchsorted(self.cumulative_sizes, index, side="right"))
-        return self.datasets[number].sample(index - [0, *self.cumulative_sizes][number], rng)
+OFFICIAL_MIXTURE = {"a0": list(A0_FORMS)[:5]}              # every episode is as likely as any other
 
 
 def hoi4d_frames(root, workers=None):
@@ -1276,12 +1370,13 @@ def _newest(pictures, actions, W):
             "actions": actions[W - 1:]}
 
 
-class Windows(torch.utils.data.Dataset):
+class Windows(Samples):
     """Windows of whole episodes, as the Open-X loader cuts them; frames that do not count are left out.
 
     episodes: [i] is a dict of images {view: (n, h, w, 3) uint8}, actions (n, A), instruction, and (optional)
     state (n, S), dataset. organize_type="segment" is left padding and "range"; see `episode_windows`.
     """
+    UNIT = "windows"
 
     def __init__(self, episodes, horizon, history, **options):
         o = WINDOWS | options
@@ -1294,14 +1389,9 @@ class Windows(torch.utils.data.Dataset):
         self.lengths = [len(episodes[e]["actions"]) for e in range(len(episodes))]
         self.at = np.cumsum([0] + [len(self.windows(n)[0]) for n in self.lengths])
 
-    def __len__(self):
-        return int(self.at[-1])
-
     def __getitem__(self, index):
-        if not 0 <= index < len(self):
-            raise IndexError(f"window {index} of {len(self)}")
-        e, last = int(np.searchsorted(self.at, index, side="right")) - 1, self.history - 1
-        frames, counts = (x[index - self.at[e]] for x in self.windows(self.lengths[e]))
+        (e, i), last = self.place(index), self.history - 1
+        frames, counts = (x[i] for x in self.windows(self.lengths[e]))
         episode, first = self.episodes[e], int(np.argmax(counts))          # 0 .. W - 1: the first that counts
         frames = frames[first:last + self.horizon]
         actions = np.array(episode["actions"], np.float32)[frames]
@@ -1340,12 +1430,12 @@ class Pictures:
         return self.recorded.pictures(self.number, rows, self.key)
 
 
-def official_dataset(path, split, horizon, history, views, expect, cache=None):
-    """What the train_dataset or val_dataset of an official JSON describes; None: no validation set."""
+def official_sets(path, split, horizon, history, views, cache=None):
+    """Yield (where it is said, set) of each block of the train_dataset or val_dataset of an official JSON."""
     from robovlms import read_official_json
     key = "train_dataset" if split == "train" else "val_dataset"
     about = read_official_json(path)
-    blocks, sets = about.get(key) or [], []
+    blocks = about.get(key) or []
     blocks = blocks if isinstance(blocks, list) else blocks.get("datasets", [blocks])
     if not blocks and split == "train":
         raise ValueError(f"--data {path}: it has no train_dataset; add the block, or give other --data.")
@@ -1368,11 +1458,15 @@ def official_dataset(path, split, horizon, history, views, expect, cache=None):
                 data = Windows(_episodes(source, name, split), horizon, history, **options)
             else:
                 data = _openx(block, where, split, horizon, history, views, cache, options)
-        if not len(data) and split != "train":
-            continue
-        if not len(data):
+        if not len(data) and split == "train":
             raise ValueError(f"{where}: no window of {history} frames is left; look at its data and options.")
-        sets.append(Checked(data, where, expect))
+        yield where, data
+
+
+def official_dataset(path, split, horizon, history, views, expect, cache=None):
+    """What the train_dataset or val_dataset of an official JSON describes; None: no validation set."""
+    found = official_sets(path, split, horizon, history, views, cache)
+    sets = [Checked(data, where, expect) for where, data in found if len(data)]
     whole = Chained(sets) if len(sets) > 1 else sets[0] if sets else None
     if len(sets) > 1 and all(x.stats for x in sets):
         whole.stats = {name: entry for x in sets for name, entry in x.stats.items()}
@@ -1615,7 +1709,7 @@ def training_picture(image):
     return np.array(image if (w, h) == image.size else image.resize((w, h), Image.Resampling.NEAREST))
 
 
-class RoboBrain(torch.utils.data.Dataset):
+class RoboBrain(Samples):
     """An official JSONL, or a folder of WebDataset's shards (*.tar): [i] is the sample of row i.
 
     It has conversations, dataset, and images if there are any, called as `views` if these are as many, else
@@ -1626,15 +1720,17 @@ class RoboBrain(torch.utils.data.Dataset):
     Options: action=eepose | qpos; codes=file; stats=FILE, official (else *stat*.json beside it, else they are
     computed); root=DIR of what is not at its absolute path (else its folder); name, val, weight: `Recorded`.
     All rows are read once, to find what is wrong. Rows of one folder of pictures: on one side of the split.
+    horizon=None: any; noted: a list for damaged rows, else they are an error.
     """
-    FORM = "RoboBrain-X0's sets"
+    FORM, PART, UNIT = "RoboBrain-X0's sets", "row", "samples"
     OPTIONS = {"action": "eepose", "codes": "", "stats": "", "root": "", "name": "", "val": "20",
                "weight": "1"}
-    state, views, told, damaged = "state", {}, {}, ()
+    state, views, told = "state", {}, {}
 
     def __init__(self, root, split="train", horizon=8, history=1, views=(), cache=None, episodes=None,
-                 points=False, options={}):
+                 points=False, options={}, noted=None):
         path, self.names, self.horizon = Path(root).expanduser().resolve(), views, horizon
+        self.noted = noted
         self.open = Opened(partial(open, mode="rb"))
         self.options = o = self.OPTIONS | options
         for key in options:
@@ -1650,28 +1746,39 @@ class RoboBrain(torch.utils.data.Dataset):
         self.name = o["name"] or (path.parent.name if path.stem == "train" else path.stem)
         rows, val = [], int(o["val"])
         for place in tqdm(self.scan(), str(path), unit="row", disable=rank_info()[0] > 0 or None):
-            row, _ = self.row(place)
-            named = [bool(row["asks"]) and self.named(row, part) is not None for part in ("action", None)]
-            of = PurePosixPath(str(row["image"][0])).parent if any(named) and row["image"] else row
-            rows.append((*place, *named, zlib.crc32(repr(of).encode(errors="replace"))))
+            with _noted(noted):
+                row, _ = self.row(place)
+                named = [bool(row["asks"]) and self.named(row, part) is not None for part in ("action", None)]
+                of = PurePosixPath(str(row["image"][0])).parent if any(named) and row["image"] else row
+                rows.append((*place, *named, zlib.crc32(repr(of).encode(errors="replace"))))
+        self.damaged = () if noted is None else noted
         rows, about = np.array(rows, np.int64).reshape(-1, 11), path.with_name("built_from.json")
         about = read_json(about) if path.name == "train.jsonl" and about.is_file() else {}
-        if len(rows) != (wanted := about.get("samples", len(rows))):
+        if len(rows) + len(self.damaged) != (wanted := about.get("samples", len(rows) + len(self.damaged))):
             raise ValueError(f"{path} holds {len(rows)} samples of {wanted}; run robobrain-process again: it "
                              "goes on where it was interrupted.")
         self.rows = rows[(rows[:, 10] % max(1, val) == val - 1) == (split == "val")][:episodes]
-        self.kept = set(self.rows[:, 10].tolist())
-        self.stats = {self.name: self._stats()} if split == "train" and self.rows[:, 8:10].any() else {}
+        self.kept, self.stats = set(self.rows[:, 10].tolist()), {}
+        with _noted(noted):
+            if split == "train" and self.rows[:, 8:10].any():
+                self.stats = {self.name: self._stats()}
 
     def scan(self):
         """Yield every row's place: file, number in it; byte and size of its JSON, pictures, other fields."""
         for f, path in enumerate(self.files):
             if path.suffix == ".tar":
-                yield from ((f, *place) for place in _shard(path))
+                with _noted(self.noted):
+                    yield from ((f, *place) for place in _shard(path))
                 continue
-            with open(path, "rb") as file:
+            with _layout(path, self.FORM), open(path, "rb") as file:
                 for number, raw in enumerate(file, 1):
                     yield f, number, file.tell() - len(raw), len(raw), 0, 0, 0, 0
+
+    def facts(self):
+        """Yield its form, files, and how many rows name actions or their codes."""
+        acts, codes = self.rows[:, 8:10].sum(0)
+        yield (f"RoboBrain-X0's {self.files[0].suffix[1:]}, {len(self.files)} files, {len(self.kept)} "
+               f"recordings or texts; {acts} rows name {self.action}, {codes} its codes")
 
     def row(self, place):
         """(a row as in the JSONL; where it is). image is a list; asks: the set of how many <action_token> an
@@ -1715,6 +1822,8 @@ class RoboBrain(torch.utils.data.Dataset):
             if isinstance(x, str):
                 with _layout(path := _below(self.root, x, where), self.FORM):
                     x = np.load(path)
+                    if not np.isfinite(x).all():
+                        raise ValueError("not all its numbers are finite")
             out.append(np.asarray(x))
         return out
 
@@ -1740,8 +1849,7 @@ class RoboBrain(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, index):
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
+        self.place(index)
         row, where = self.row(self.rows[index, :8].tolist())
         pictures = [self.picture(image, where) for image in row["image"]]
         names = self.names if len(self.names) == len(pictures) else map(str, range(len(pictures)))
@@ -1755,7 +1863,8 @@ class RoboBrain(torch.utils.data.Dataset):
             n, sound = len(found), set(map(type, ids)) == {int} and 0 <= min(ids) <= max(ids) < 2048
         elif found:
             sample["actions"] = np.concatenate(found, dtype=np.float32)
-            n, sound, state = len(sample["actions"]) / self.horizon, True, self.numbers(row, where, "state")
+            T = self.horizon or len(sample["actions"]) / max(row["asks"])
+            n, sound, state = len(sample["actions"]) / T, True, self.numbers(row, where, "state")
             sample |= {"loss_mask": np.ones(len(sample["actions"]), bool), "instruction": row.get("raw_task"),
                        "subtask": row.get("task"), "state": np.float32(state[0][0] if state else [0])}
         if found and not (sound and row["asks"] == {n}):
@@ -1839,7 +1948,7 @@ class Opened:
         return file
 
 
-class Recorded(torch.utils.data.Dataset):
+class Recorded(Samples):
     """Recorded episodes: [i] is the sample of frame i; stats: {name: {"action": {...}}} of these episodes.
 
     horizon: actions from a frame on; beyond the episode's end, the last again, not counted (loss_mask).
@@ -1956,13 +2065,8 @@ class Recorded(torch.utils.data.Dataset):
                  "tasks": self.tasks}
         save_file(tensors or {"actions": np.zeros((0, 1), np.float32)}, path, {"recorded": json.dumps(facts)})
 
-    def __len__(self):
-        return int(self.at[-1])
-
     def __getitem__(self, index):
-        if not 0 <= index < len(self):
-            raise IndexError(f"frame {index} of {len(self)}")
-        e = int(np.searchsorted(self.at, index, side="right")) - 1
+        e, _ = self.place(index)
         start, end = int(self.at[e]), int(self.at[e + 1])
         first, T, n = max(start, index - self.history + 1), self.horizon, min(self.horizon, end - index)
         rows = self._rows(first, index + n)                                # from the oldest frame shown
@@ -2000,8 +2104,15 @@ class Recorded(torch.utils.data.Dataset):
         return ""
 
     def check(self):
-        """(episode, why) of damage that only a look at every file shows."""
-        return ()
+        """Yield (episode, why): pictures that do not open."""
+        for i, (number, _) in enumerate(tqdm(self.kept, "pictures", disable=None)):
+            if why := self.unreadable(number, i, self.views.values()):
+                yield number, why
+
+    def whole(self, damaged):
+        """(first index, beyond the last) of each episode that is not damaged."""
+        spans = zip(self.at, self.at[1:])
+        return [span for span, (number, _) in zip(spans, self.kept) if number not in damaged]
 
 
 def _open_table(path):
@@ -2028,6 +2139,7 @@ class LeRobot(Recorded):
     FORM = "LeRobot v2.0, v2.1 or v3.0"
 
     def find(self):
+        """Read meta: features, tasks, episodes, their files. ValueError: another version, no episode."""
         path = self.root / "meta" / "info.json"
         self.about = read_json(path)
         with _layout(path, self.FORM):
@@ -2088,9 +2200,11 @@ class LeRobot(Recorded):
         return found
 
     def where(self, number):
+        """The file and episode that `number` is."""
         return f"{self.episodes[number]['data']}, episode {self.episodes[number]['index']}"
 
     def scan(self):
+        """Yield (number, the episode's columns or what is wrong with it)."""
         files = {}
         for number in self.chosen:
             files.setdefault(self.episodes[number]["data"], []).append(number)
@@ -2148,6 +2262,7 @@ class LeRobot(Recorded):
         return found
 
     def pictures(self, number, rows, key):
+        """One camera at these rows: (n, h, w, 3) uint8, decoded from its mp4 or the parquet file."""
         e = self.episodes[number]
         if self.kinds[key] == "video":
             path, start, _ = e["videos"][key]
@@ -2185,6 +2300,7 @@ class LeRobot(Recorded):
                 yield number, why
 
     def facts(self):
+        """Yield version, robot, fps and features, as info.json says."""
         yield f"LeRobot {self.version}, robot {self.about.get('robot_type')}, {self.fps:g} frames per second"
         for key, about in self.about["features"].items():
             yield f"feature {key}: {about['dtype']} {about.get('shape')} {about.get('names') or ''}"
@@ -2272,6 +2388,7 @@ class Libero(Recorded):
     OPTIONS = Recorded.OPTIONS | {"rotate": "1", "noops": "drop"}
 
     def find(self):
+        """List files, demonstrations, tasks. ValueError: none, or no pictures."""
         for key, known in (("rotate", ("0", "1")), ("noops", ("keep", "drop"))):
             choose(f"{self.root}: {key}: there is no", self.options[key], known)
         self.files = _libero_files(self.root)
@@ -2299,12 +2416,16 @@ class Libero(Recorded):
         with _layout(path, self.FORM):
             data = self.open(path)["data"]
             demos = sorted(data, key=lambda name: (len(name), name))
+            if not demos:
+                raise ValueError("it holds no demonstration")
             return demos, list(data[demos[0]]["obs"])
 
     def where(self, number):
+        """The file and demonstration that `number` is."""
         return f"{self.episodes[number]['file']}, {self.episodes[number]['demo']}"
 
     def scan(self):
+        """Yield (number, the demonstration's columns or what is wrong with it)."""
         for number in tqdm(self.chosen, f"{self.name}: actions", unit="demonstration", disable=None):
             e = self.episodes[number]
             try:
@@ -2329,12 +2450,14 @@ class Libero(Recorded):
                 "task": np.full(len(keep), e["task"])}
 
     def pictures(self, number, rows, key):
+        """One camera at these rows: (n, h, w, 3) uint8, upright."""
         e = self.episodes[number]
         with _layout(e["file"], self.FORM):
             found = self.open(e["file"])[f"data/{e['demo']}/obs/{key}"][rows["row"]]      # (n, h, w, 3)
         return np.ascontiguousarray(found[:, ::-1, ::-1]) if self.options["rotate"] == "1" else found
 
     def facts(self):
+        """Yield how many files there are."""
         yield f"LIBERO's HDF5, {len(self.files)} files"
 
 
@@ -2604,6 +2727,7 @@ class Rlds(Recorded):
             "pillow (up to 7 levels off TensorFlow's; pip install simplejpeg)")}
 
     def find(self):
+        """Read features.json and dataset_info.json: features, files, records, the recipe of this set."""
         o, folder, number = self.options, self.root, r"\d+\.\d+\.\d+"
         if not (folder / "features.json").is_file():
             found = {path.parent.name: path.parent for path in folder.glob("*/features.json")}
@@ -2691,6 +2815,7 @@ class Rlds(Recorded):
                          "Name what stands for it (action=, state=, like=, sets=; see data.py, OXE).")
 
     def where(self, number):
+        """The file and record that `number` is."""
         return f"{self.episodes[number]['file']}, record {self.episodes[number]['record']}"
 
     def _records(self, numbers):
@@ -2702,7 +2827,7 @@ class Rlds(Recorded):
         for path, left in tqdm(files.items(), f"{self.name}: records", unit="file", disable=None):
             why = f"{path}: dataset_info.json says that it holds more records"
             try:
-                with _mapped(path) as b:
+                with _layout(path, self.FORM), _mapped(path) as b:
                     for record, span in enumerate(tfrecords(b, path)):
                         if record in left:
                             yield left.pop(record), (b, *span)
@@ -2711,6 +2836,7 @@ class Rlds(Recorded):
             yield from ((number, why) for number in left.values())
 
     def scan(self):
+        """Yield (number, the episode's columns or what is wrong with it) of those with a text."""
         self.numbers = {}
         for number, at in self._records(self.chosen):
             if (found := at if isinstance(at, str) else self._take(number, *at)) is not None:
@@ -2752,6 +2878,7 @@ class Rlds(Recorded):
         return values if isinstance(values, list) else values.reshape(-1, size).astype(np.float32)
 
     def pictures(self, number, rows, key):
+        """One camera at these rows: (n, h, w, 3) uint8, decoded."""
         e, found = self.episodes[number], []
         with _layout(e["file"], self.FORM):
             file = self.open(e["file"])
@@ -2774,6 +2901,7 @@ class Rlds(Recorded):
                 yield number, why
 
     def facts(self):
+        """Yield files, recipes, how JPEGs are decoded, features."""
         left = len(self.chosen) - len(self.kept) - len(self.damaged)
         yield (f"RLDS, {len(self.files) - 2} files, split {self.options['split']}; {left} episodes left out: "
                "no text, or no step that counts")
@@ -2806,6 +2934,7 @@ class CalvinSegments(Recorded):
         "action": "rel_actions", "state": "robot_obs"}
 
     def find(self):
+        """Read the language segments. ValueError: none, or another form."""
         self.folder = calvin_folder(self.root, self.split)
         language = self.folder / "lang_annotations" / "auto_lang_ann.npy"
         self.segments, texts, _ = calvin_language(language)
@@ -2818,32 +2947,30 @@ class CalvinSegments(Recorded):
         self.choose_columns([*first], [key for key, x in first.items() if x.ndim == 3 and x.shape[2] == 3])
 
     def where(self, number):
+        """The folder and frames that `number` is."""
         return f"{self.folder}, frames {self.segments[number][0]} to {self.segments[number][1]}"
 
     def scan(self):
+        """Yield (number, the segment's columns or what is wrong with it)."""
         for number in tqdm(self.chosen, f"{self.name}: actions", unit="segment", disable=None):
             rows = np.arange(*self.segments[number])
             try:
                 read = [calvin_frame(self.folder, n, (self.action, self.state)) for n in rows]
+                found = {name: np.stack([x[key] for x in read]).astype(np.float32) for name, key in
+                         (("actions", self.action), ("state", self.state)) if len(rows)}
             except ValueError as e:
-                yield number, str(e)
-                continue
-            if len(rows):
-                yield number, {**{name: np.stack([x[key] for x in read]).astype(np.float32) for name, key in
-                                  (("actions", self.action), ("state", self.state))},
-                               "task": np.full(len(rows), self.numbers[number]), "row": rows}
+                found = f"{self.where(number)}: {e}"
+            if found:
+                told = {"task": np.full(len(rows), self.numbers[number]), "row": rows}
+                yield number, found if isinstance(found, str) else found | told
 
     def pictures(self, number, rows, key):
+        """One camera at these rows: (n, h, w, 3) uint8."""
         return np.stack([calvin_frame(self.folder, n, (key,))[key] for n in rows["row"]])
 
-    def check(self):
-        """Yield (segment, why): frames whose pictures cannot be read."""
-        for i, (number, _) in enumerate(tqdm(self.kept, "frames", disable=None)):
-            if why := self.unreadable(number, i, self.views.values()):
-                yield number, why
-
     def facts(self):
-        yield f"CALVIN, {self.folder.name}: {len(self.segments)} language segments"
+        """Yield its split and how many segments there are."""
+        yield f"CALVIN, {self.folder.name}: {len(self.segments)} language segments, 30 frames per second"
 
 
 RECORDED = {"lerobot": LeRobot, "libero": Libero, "rlds": Rlds, "calvin": CalvinSegments,
@@ -2854,7 +2981,8 @@ def form_of(folder):
     """Which of RECORDED a folder is, or None."""
     marks = {"lerobot": ["meta/info.json"], "libero": ["*.hdf5", "*/*.hdf5"],
              "calvin": ["lang_annotations/auto_lang_ann.npy", "training/lang_annotations/auto_lang_ann.npy"],
-             "rlds": ["features.json", "*/features.json", "*/*/features.json"]}
+             "rlds": ["features.json", "*/features.json", "*/*/features.json"],
+             "robobrain": ["*.tar", "*/*.tar"]}
     return next((form for form, names in marks.items() if any(map(any, map(folder.glob, names)))), None)
 
 
@@ -3162,8 +3290,8 @@ def open_dataset(spec=NAME, split="train", horizon=8, views=("third",), image_si
     if all(equals for _, equals, _ in parts) and not Path(spec).exists():
         if action_dim not in (None, 2) or options:
             raise ValueError(f"--data {spec} has points, no actions: it is for a0, with no tabletop flags.")
-        data = Mixture([a0_dataset(form, root, "train" if split == "train" else "test")
-                        for name, _, root in parts for form in {"a0": list(A0_FORMS)[:5]}.get(name, [name])])
+        data = Chained([a0_dataset(form, root, "train" if split == "train" else "test")
+                        for name, _, root in parts for form in OFFICIAL_MIXTURE.get(name, [name])])
         return data if len(data) else None
     if named := tabletop_sets(spec):
         chosen, bodies = options.pop("families", None), [body for body, _ in named]
@@ -3248,8 +3376,9 @@ def _each(dataset):
     return (dataset[i] for i in range(len(dataset))) if _has_items(dataset) else iter(dataset)
 
 
-class Checked(torch.utils.data.Dataset):
+class Checked(Samples):
     """A user's dataset with len() and [i], every sample checked as it is read."""
+    PART, UNIT = "sample", "samples"
 
     def __init__(self, data, where, expect):
         self.data, self.where, self.expect, self.stats = data, where, expect, getattr(data, "stats", None)
@@ -3421,25 +3550,27 @@ def _stream(dataset, prepare, collate, batch, rank, world, seed, start_step):
 
 # ---- Command line -----------------------------------------------------------------------------------------
 
-def check_sheet(path, folder):
-    """ValueError: --sheet is no PNG, or would be written into the set itself."""
-    if path and (Path(path).suffix != ".png" or Path(folder).resolve() in Path(path).resolve().parents):
-        raise ValueError(f"--sheet {path}: give a FILE.png that is not in {folder}.")
-
-
-def contact_sheet(data, spans, path, episodes=6, frames=6, height=96):
+def contact_sheet(spans, path, episodes=6, frames=6, height=96):
     """Write a PNG: a row for each of several episodes, frames from its first to its last, its task above.
 
-    data: [i] is a sample. spans: [(first, beyond the last i), ...] of the episodes. All views are shown.
+    spans: [(data, first, beyond the last i), ...] of the episodes; data: [i] is a sample. All views are
+    shown, and waypoints.
     """
     rows = []
     for e in np.unique(np.linspace(0, len(spans) - 1, episodes).round().astype(int)):
-        start, end = map(int, spans[e])
-        samples = [data[int(i)] for i in np.linspace(start, end - 1, frames).round()]
-        rows.append((f"{end - start} frames: {samples[0]['instruction']}", [
-            Image.fromarray(x).resize((max(1, round(x.shape[1] * height / len(x))), height))
-            for sample in samples for x in sample["images"].values()]))
-    sheet = Image.new("RGB", (max(sum(x.width for x in row) for _, row in rows), len(rows) * (height + 16)))
+        data, start, end = spans[e]
+        chosen = np.unique(np.linspace(start, end - 1, frames).round().astype(int))
+        samples = [data[i] for i in chosen.tolist()]
+        text = samples[0].get("instruction") or samples[0]["conversations"][-1]["value"]
+        rows.append((f"{end - start} {data.UNIT}: {text}", []))
+        for sample in samples:
+            for x in sample.get("images", {}).values():
+                picture = Image.fromarray(x).resize((max(1, round(x.shape[1] * height / len(x))), height))
+                points = sample.get("waypoints", np.zeros((0, 2))) * picture.size
+                ImageDraw.Draw(picture).line([tuple(xy) for xy in points.tolist()], (255, 0, 0), 2)
+                rows[-1][1].append(picture)
+    width = max([200, *(sum(x.width for x in row) for _, row in rows)])
+    sheet = Image.new("RGB", (width, len(rows) * (height + 16)))
     for i, (text, row) in enumerate(rows):
         ImageDraw.Draw(sheet).text((3, i * (height + 16) + 2), text.encode("ascii", "replace").decode())
         for picture, left in zip(row, itertools.accumulate([0, *(x.width for x in row)])):
@@ -3448,120 +3579,144 @@ def contact_sheet(data, spans, path, episodes=6, frames=6, height=96):
     print(f"contact sheet {path}")
 
 
-def describe(folder, sheet=None):
-    """Print what a set holds, after comparing every shard with its checksum."""
-    check_sheet(sheet, folder)
-    data = Episodes(folder)
-    for entry in _manifest(folder)["shards"]:
-        if _sha256(data.folder / entry["file"]) != entry["sha256"]:
-            raise _torn(data.folder / entry["file"], "its checksum is not the manifest's")
-    frames, families = np.diff(data.starts), [e["family"] for e in data.episodes]
-    size = sum(path.stat().st_size for path in data.files) / 1e6
-    print(f"{len(data.episodes)} episodes, {len(data)} frames, {size:.0f} MB, {len(data.files)} whole shards")
-    print("made from    " + ", ".join(f"{key}={value}" for key, value in data.made_from.items()))
-    print("episodes     " + ", ".join(f"{name} {families.count(name)}" for name in sorted(set(families)))
-          + f"; of {frames.min()} to {frames.max()} frames, median {np.median(frames):.0f}")
-    print("instructions " + "; ".join(e["instruction"] for e in data.episodes[:4]))
-    for key, value in data[0].items():
-        shown = {view: image.shape for view, image in value.items()} if key == "images" else repr(value)
-        print(f"sample       {key}: {value.shape if isinstance(value, np.ndarray) else shown}")
-    for key in ("q01", "q99", "mean", "std"):
-        print(f"action {key:5} " + " ".join(f"{x:8.4f}" for x in data.stats[data.name]["action"][key]))
-    if sheet:
-        contact_sheet(data, [*zip(data.starts, data.starts[1:])], sheet)
+def look_at(spec):
+    """Yield (its name, set) of all that a path or a --data holds, each as whole as it is."""
+    path, parts = Path(spec).expanduser(), [part.partition("=") for part in re.split(r"\+(?=[\w-]+=)", spec)]
+    source, _, name = spec.rpartition(":")
+    below = [form for form, (_, names, *_) in A0_FORMS.items()
+             if path.is_dir() and (path.name in names or any((path / name).is_dir() for name in names))]
+    if (path / "manifest.json").is_file():
+        yield spec, Episodes(path)
+    elif found := recorded_sets(spec):
+        for form, folder, options in found:
+            reader = RECORDED.get(form)
+            choose(f"{spec}: cannot look at", form, RECORDED)
+            usual = {key: x for key, x in (("val", "0"), ("damaged", "skip")) if key in reader.OPTIONS}
+            how = {"horizon": None, "noted": []} if reader is RoboBrain else {}
+            yield f"{form}={folder}", reader(folder, options=usual | options, **how)
+    elif spec.endswith(".jsonl") and path.is_file():
+        with _layout(path, "VLA-0's or RoboBrain-X0's form"), open(path, "rb") as file:
+            first = file.readline()
+        if path.name == "manifest.jsonl" or b'"target_action_text"' in first:
+            yield spec, Manifest(path, "all", None, damaged=[])
+        else:
+            yield from look_at(f"robobrain={spec}")
+    elif spec.endswith(".json") and path.is_file():
+        from robovlms import read_official_config
+        cfg, _ = read_official_config(path)
+        for split in ("train", "val"):
+            for where, data in official_sets(path, split, cfg.horizon, cfg.history, cfg.views):
+                for one in getattr(data, "datasets", [data] * bool(len(data))):
+                    yield f"{where}, {len(one)} windows of {cfg.history} + {cfg.horizon} frames", (
+                        CalvinSegments(one.folder, split, options={"damaged": "skip"})
+                        if isinstance(one, Calvin) else getattr(one.episodes, "recorded", one))
+    elif source.endswith(".py"):
+        yield spec, _user_dataset(source, name, {"split": "train", "horizon": 8, "views": ("third",),
+                                                 "image_size": 64, "history": 1}, {})
+    elif below or all(equals for _, equals, _ in parts):
+        for form, root in [(form, path) for form in below] or [(form, root) for form, _, root in parts]:
+            for form in OFFICIAL_MIXTURE.get(form, [form]):
+                for split in ("train", "test"):
+                    yield f"{form}={root}, {split}", a0_dataset(form, root, split, damaged=[])
+    else:
+        _manifest(path)                                        # says what is looked for
 
 
-def describe_recorded(folder, form, sheet=None):
-    """Print what a folder of `RECORDED` is, look at all its files, and list what is damaged, if anything."""
-    check_sheet(sheet, folder)
-    options = {key: x for key, x in (("val", "0"), ("damaged", "skip")) if key in RECORDED[form].OPTIONS}
-    data = RECORDED[form](folder, options=options)
+def report(name, data):
+    """Print what a set holds, look at all its files, and list what is damaged. Returns the damaged parts."""
+    if not hasattr(data, "check"):                             # a user's iterable
+        raise ValueError(f"{name} has no len() and [i]: it can only be trained on.")
     damaged = dict([*data.damaged, *data.check()])
-    frames = np.diff(data.at) if len(data) else np.zeros(1, int)
-    print(f"{len(data.episodes)} episodes, {len(damaged)} of them damaged; {len(data)} frames, "
-          f"{frames.min()} to {frames.max()} in an episode, median {np.median(frames):.0f}; "
+    frames, total = np.diff(data.at), len(getattr(data, "episodes", range(len(data) + len(data.damaged))))
+    lengths = (f", {min(frames)} to {max(frames)} in an episode, median {np.median(frames):.0f}"
+               if max(frames, default=1) > 1 else "")
+    print(f"{name}: {total} {data.PART}s, {len(damaged)} of them damaged; {len(data)} {data.UNIT}{lengths}; "
           f"{len(data.tasks)} tasks")
-    print("\n".join(data.facts()))
-    print("tasks        " + "; ".join(data.tasks[:4]) + "; ..." * (len(data.tasks) > 4))
-    good = [(data.at[i], data.at[i + 1]) for i, (number, _) in enumerate(data.kept) if number not in damaged]
+    tasks = [*data.tasks[:4], *["..."] * (len(data.tasks) > 4)]
+    print(*data.facts(), f"tasks        {'; '.join(tasks)}", sep="\n")
+    good = data.whole(damaged)
     for key, value in data[int(good[0][0])].items() if good else ():
-        shown = {view: image.shape for view, image in value.items()} if key == "images" else repr(value)
+        shown = {view: x.shape for view, x in value.items()} if key.endswith("images") else repr(value)[:99]
         print(f"sample       {key}: {value.shape if isinstance(value, np.ndarray) else shown}")
-    for key in ("q01", "q99", "mean", "std", "mask"):
-        for entry in data.stats.values():
-            print(f"action {key:5} " + " ".join(f"{x:8.4f}" for x in entry["action"][key]))
-    if sheet and good:
-        contact_sheet(data, good, sheet)
-    for number, why in sorted(damaged.items()):
-        print(f"damaged      episode {number}: {why}")
+    stats = data.stats or (dataset_statistics(data) if good and not damaged else {})
+    for kind, entry in ((kind, one[kind]) for one in stats.values() for kind in one):
+        for key in ("q01", "q99", "mean", "std", "mask") if isinstance(entry, dict) else ():
+            if entry.get(key) is not None:
+                print(f"{kind} {key:5} " + " ".join(f"{x:8.4f}" for x in entry[key]))
+    for number, why in sorted(damaged.items(), key=lambda one: str(one[0]).zfill(9)):
+        print(f"damaged      {why}" if number == why else f"damaged      {data.PART} {number}: {why}")
+    return damaged
+
+
+def describe(spec, sheet=None):
+    """Print a `report` of all that a path or a --data holds; sheet: FILE.png. ValueError: what is damaged."""
+    if sheet and (Path(sheet).suffix != ".png" or Path(spec).resolve() in Path(sheet).resolve().parents):
+        raise ValueError(f"--sheet {sheet}: give a FILE.png that is not in {spec}.")
+    spans, damaged = [], 0
+    for name, data in look_at(spec):
+        damaged += len(found := report(name, data))
+        spans += [(data, int(a), int(b)) for a, b in data.whole(found)]
+    if sheet and spans:
+        contact_sheet(spans, sheet)
+    if not spans and not damaged:
+        raise ValueError(f"{spec}: no sample is in it.")
     if damaged:
-        raise ValueError(f"{folder}: {len(damaged)} of {len(data.episodes)} episodes are damaged (listed "
-                         "above). Copy them again, or train with damaged=skip.")
+        raise ValueError(f"{spec}: {damaged} parts are damaged (listed above). Copy them again, or train "
+                         "with damaged=skip, where that is an option.")
 
 
-def build_command(arguments):
-    """python data.py build-manifest ..."""
-    parser = Parser("LIBERO's HDF5 -> manifest.jsonl with pictures and statistics, for train.py --data.",
-                    prog="data.py build-manifest")
-    parser.add_argument("--hdf5", required=True, help="folder with the suites (libero_spatial, ...) in it")
-    parser.add_argument("--out", required=True, help="folder to write, or to finish after an interruption")
-    parser.add_argument("--horizon", type=within(1), default=8, help="actions per sample")
-    parser.add_argument("--num-bins", type=within(1), default=1000, help="actions become integers 0 .. this")
-    parser.add_argument("--workers", type=within(0), help="processes that write (default: one per core)")
-    args = parser.parse_args(arguments)
-    samples = build_manifest(args.hdf5, args.out, args.horizon, args.num_bins, args.workers)
-    print(f"{samples:,} samples; train on them with --data {Path(args.out) / 'manifest.jsonl'}")
+NEEDED = {"required": True}
+COMMANDS = {       # name: what it does, the function, what is said then, its arguments
+    "build-manifest": (
+        "LIBERO's HDF5 -> manifest.jsonl with pictures and statistics, for train.py --data.", build_manifest,
+        "{:,} samples; train on them with --data {out}/manifest.jsonl", [
+            ("--hdf5", "folder with the suites (libero_spatial, ...) in it", NEEDED),
+            ("--out", "folder to write, or to finish after an interruption", NEEDED),
+            ("--horizon", "actions per sample", {"type": within(1), "default": 8}),
+            ("--num-bins", "actions become integers 0 .. this", {"type": within(1), "default": 1000})]),
+    "hoi4d-frames": ("HOI4D's mp4 files -> the frames A0's sets look at.", hoi4d_frames,
+                     "{:,} videos are decoded", [
+                         ("--root", "HOI4D_release, to go on with after an interruption", NEEDED)]),
+    "hoi4d-metadata": (
+        "HOI4D's masks and events -> the hoi4d_metadata that A0's set of that name reads.", hoi4d_metadata,
+        "{:,} clips have their metadata.json", [
+            ("--root", "folder with HOI4D_annotations, to go on with", NEEDED),
+            ("--definitions", "folder of that name in HOI4D-Instructions", NEEDED)]),
+    "robobrain-process": (
+        "AgileX's recordings -> train.jsonl, pictures and statistics, as RoboBrain-X0 has them.",
+        robobrain_process, "{:,} samples; train on them with --data robobrain={out}/train.jsonl", [
+            ("annotation", "JSON: {group: [{raw_task, task, frame, data}, ...]}", {}),
+            ("--out", "folder to write, or to finish after an interruption", NEEDED),
+            ("--root", "where files lie that are not at their absolute path", {"type": Path}),
+            ("--source", "whose gripper zero (default: by folder)", {"choices": GRIPPER_ZERO}),
+            ("--robot", "whose prompt: agilex, r1lite, a2d, ...", {"default": "agilex"}),
+            ("--subtask", "the answer names the sub-task first", {"action": "store_true"}),
+            ("--paraphrases", "JSON {raw_task: [text, ...]}: the first is asked", {"type": Path}),
+            ("--fast", "FAST+'s tokenizer.json, to write the actions' codes too", {"type": Path}),
+            ("--chunk", "actions per sample", {"type": within(1), "default": 30}),
+            ("--step", "frames from one action to the next", {"type": within(1), "default": 1}),
+            ("--every", "frames from one sample to the next", {"type": within(1), "default": 3}),
+            ("--skip", "leave out what is damaged", {"action": "store_true"})])}
 
 
-def frames_command(arguments):
-    """python data.py hoi4d-frames ..."""
-    parser = Parser("HOI4D's mp4 files -> the frames A0's sets look at.", prog="data.py hoi4d-frames")
-    parser.add_argument("--root", required=True, help="HOI4D_release, to go on with after an interruption")
-    parser.add_argument("--workers", type=within(0), help="processes that decode (default: one per core)")
-    print(f"{hoi4d_frames(**vars(parser.parse_args(arguments))):,} videos are decoded")
-
-
-def metadata_command(arguments):
-    """python data.py hoi4d-metadata ..."""
-    parser = Parser("HOI4D's masks and events -> the hoi4d_metadata that A0's set of that name reads.",
-                    prog="data.py hoi4d-metadata")
-    parser.add_argument("--root", required=True, help="folder with HOI4D_annotations, to go on with")
-    parser.add_argument("--definitions", required=True, help="folder of that name in HOI4D-Instructions")
-    parser.add_argument("--workers", type=within(0), help="processes that read masks (default: one per core)")
-    print(f"{hoi4d_metadata(**vars(parser.parse_args(arguments))):,} clips have their metadata.json")
-
-
-def process_command(arguments):
-    """python data.py robobrain-process ..."""
-    parser = Parser("AgileX's recordings -> train.jsonl, pictures and statistics, as RoboBrain-X0 has them.",
-                    prog="data.py robobrain-process")
-    parser.add_argument("annotation", help="JSON: {group: [{raw_task, task, frame, data}, ...]}")
-    parser.add_argument("--out", required=True, help="folder to write, or to finish after an interruption")
-    parser.add_argument("--root", type=Path, help="where files lie that are not at their absolute path")
-    parser.add_argument("--source", choices=GRIPPER_ZERO, help="whose gripper zero (default: by folder)")
-    parser.add_argument("--robot", default="agilex", help="whose prompt: agilex, r1lite, a2d, ...")
-    parser.add_argument("--subtask", action="store_true", help="the answer names the sub-task first")
-    parser.add_argument("--paraphrases", type=Path, help="JSON {raw_task: [text, ...]}: the first is asked")
-    parser.add_argument("--fast", type=Path, help="FAST+'s tokenizer.json, to write the actions' codes too")
-    parser.add_argument("--chunk", type=within(1), default=30, help="actions per sample")
-    parser.add_argument("--step", type=within(1), default=1, help="frames from one action to the next")
-    parser.add_argument("--every", type=within(1), default=3, help="frames from one sample to the next")
-    parser.add_argument("--skip", action="store_true", help="leave out what is damaged")
-    parser.add_argument("--workers", type=within(0), help="processes that write (default: one per core)")
-    args = parser.parse_args(arguments)
-    samples = robobrain_process(**vars(args))
-    print(f"{samples:,} samples; train on them with --data robobrain={Path(args.out) / 'train.jsonl'}")
+def run_command(name, arguments):
+    """python data.py NAME ...: call its function with what the arguments say."""
+    about, function, said, known = COMMANDS[name]
+    parser = Parser(about, prog=f"data.py {name}")
+    for argument, told, how in known:
+        parser.add_argument(argument, help=told, **how)
+    parser.add_argument("--workers", type=within(0), help="processes that work (default: one per core)")
+    args = vars(parser.parse_args(arguments))
+    print(said.format(function(**args), **args))
 
 
 def main():
     """python data.py --make, or FOLDER, or a command."""
-    commands = {"build-manifest": build_command, "hoi4d-frames": frames_command,
-                "hoi4d-metadata": metadata_command, "robobrain-process": process_command}
-    if command := commands.get(next(iter(sys.argv[1:]), None)):
-        return command(sys.argv[2:])
+    if next(iter(sys.argv[1:]), None) in COMMANDS:
+        return run_command(sys.argv[1], sys.argv[2:])
     known = ",".join(eval_sim.FAMILIES + eval_sim.PAIRS)
     parser = Parser("Make the tabletop dataset, or describe one. LIBERO: data.py build-manifest --help.")
-    parser.add_argument("folder", nargs="?", help="describe this set, and compare it with its checksums")
+    parser.add_argument("folder", nargs="?", help="describe what this folder, file or --data holds")
     parser.add_argument("--make", action="store_true", help="generate a set, or finish an interrupted one")
     parser.add_argument("--split", default="train", help=f"one of {', '.join(eval_sim.SPLITS)}")
     parser.add_argument("--episodes", type=within(1, 10**6), help=f"how many (default {EPISODES})")
@@ -3579,10 +3734,8 @@ def main():
         data = open_dataset(f"{NAME}@{args.body}:{args.families}", args.split, views=args.views.split(","),
                             image_size=args.image_size, episodes=args.episodes, cache=args.cache,
                             workers=args.workers)
-        args.folder = data.folder
+        args.folder = str(data.folder)
         print(data.folder)
-    elif form := form_of(Path(args.folder)):
-        return describe_recorded(args.folder, form, args.sheet)
     describe(args.folder, args.sheet)
 
 

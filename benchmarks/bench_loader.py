@@ -10,11 +10,14 @@ A sample is read at a random frame, with the tiny preset's chunk, and goes throu
 `collate`, without augmentation.
 
 ratio     the median over rounds, in each of which both are timed in turn (2 s each)
+quiet     the same by the cores' time, of two workers and the loop: the ratio if nothing else runs here
 loop      the plain way, in the main process: open the file, read the frame and its actions, resize by
-          pillow, to float tensors, prompt to ids, stack
+          pillow (RoboBrain-X0: twice, as its servers and then Qwen's rule do), to float tensors, prompt to
+          ids, stack
 decode    the share, of a worker's time for a sample, of what every loader has to do: reading, decoding,
           resizing by pillow. Above 0.5, it is decode-bound: twice the cores give at most twice the samples.
-read, plain   a core's time to read one sample, ours and the loop's [ms], whatever else the machine does
+read, prep, loop   a core's time for one sample [ms], whatever else the machine does: to read it, to prepare
+          and collate it; the loop's for all
 """
 import dataclasses
 import importlib
@@ -189,7 +192,7 @@ def opened(form, folder, cfg, points):
     how = {"horizon": cfg.horizon, "views": ("third",), "cache": folder / "cache"}
     if form == "tabletop":
         found = data.tabletop("train", EPISODES, image_size=64, workers=0, **how)
-        return found, [(e, i) for e, n in enumerate(np.diff(found.starts)) for i in range(n)]
+        return found, [(e, i) for e, n in enumerate(np.diff(found.at)) for i in range(n)]
     reader = data.RECORDED[form.partition("-")[0]]
     options = {key: "0" for key in ("val",) if key in reader.OPTIONS} | {"gripper": "openvla"}
     options |= {"noops": "keep"} if form == "libero" else {"gripper": ""} if form == "rlds" else {}
@@ -197,19 +200,28 @@ def opened(form, folder, cfg, points):
     return found, [(number, i) for number, n in found.kept for i in range(n)]
 
 
-def fitted(x, side):
-    size = (side, side) if side else (320, 240)            # RoboBrain-X0's
-    return np.array(Image.fromarray(np.ascontiguousarray(x)).resize(size, Image.BICUBIC))
+def sizes_of(module, cfg):
+    """The sizes (w, h) that a method's own recipe brings a picture to, one after the other."""
+    if cfg.image_size:
+        return [(cfg.image_size, cfg.image_size)]
+    h, w = module.smart_resize(240, 320, cfg.patch_size * cfg.merge_size, cfg.min_pixels, cfg.max_pixels)
+    return [(320, 240), (w, h)]                            # RoboBrain-X0's
 
 
-def loop(found, where, plain, side, T, batch):
+def fitted(x, sizes):
+    for size in sizes:
+        x = np.array(Image.fromarray(np.ascontiguousarray(x)).resize(size, Image.BICUBIC))
+    return x
+
+
+def loop(found, where, plain, sizes, T, batch):
     """Batches, one sample after the other, as one first writes it."""
     tokenizer = tiny_tokenizer()
     while True:
         rows = []
         for e, i in random.choices(where, k=batch):
             x, a = plain(found, e, i, T)
-            x = fitted(x, side)
+            x = fitted(x, sizes)
             a = np.array(a, np.float32)
             pixels = (torch.from_numpy(x).permute(2, 0, 1).float() / 255 - 0.5) / 0.5
             rows.append((pixels, torch.tensor(tokenizer(TEXT).input_ids),
@@ -239,26 +251,30 @@ def measure(name, form, folder, batch, rounds, seconds=2.0):
     cfg = dataclasses.replace(module.PRESETS["tiny"], **look, **{"action_dim": 2 if points else 7})
     found, where = opened(form, folder, cfg, points)
     warnings.filterwarnings("ignore", "This DataLoader will create")
-    tokenizer, stats = module.load_tokenizer(cfg), found.stats
+    tokenizer, stats, sizes = module.load_tokenizer(cfg), found.stats, sizes_of(module, cfg)
     prepare, collate = (partial(module.prepare, cfg=cfg, tokenizer=tokenizer, stats=stats),
                         partial(module.collate, cfg=cfg))
-    spent, n = np.zeros(4), 8 * batch                          # reading, preparing, resizing, plain reading
+    spent, n = np.zeros(3), 8 * batch                          # reading, preparing, resizing
     for k in random.choices(range(len(found)), k=n):
         sample, clock = found[k], [time.process_time()]
         for work in (lambda: found[k], lambda: collate([prepare(sample)]),
-                     lambda: [fitted(x, cfg.image_size) for x in sample["images"].values()],
-                     lambda: FORMS[form][1](found, *where[k], cfg.horizon)):
+                     lambda: [fitted(x, sizes) for x in sample["images"].values()]):
             work()
             clock.append(time.process_time())
         spent += np.diff(clock) * 1000 / n                     # ms of a core per sample
     sides = (iter(data.loader(found, prepare, collate, batch, workers=2)), 8), (
-        loop(found, where, FORMS[form][1], cfg.image_size, cfg.horizon, batch), 0)
+        loop(found, where, FORMS[form][1], sizes, cfg.horizon, batch), 0)
     rates = [[rate(side, batch, ahead, seconds) for side, ahead in sides] for _ in range(rounds)]
+    (batches, _), clock = sides[1], time.process_time()
+    for _ in range(8):
+        next(batches)
+    plain = (time.process_time() - clock) * 1000 / n
     (ours, base), ratio = map(statistics.median, zip(*rates)), statistics.median(a / b for a, b in rates)
     return {"per_s": ours, "ms": 1000 * batch / ours, "baseline": "a loop in the main process",
             "baseline_ms": 1000 * batch / base, "ratio": ratio, "rounds": rounds,
             "detail": {"image_size": cfg.image_size, "loop_per_s": base, "read_ms": spent[0],
-                       "plain_ms": spent[3], "decode": min(1.0, (spent[0] + spent[2]) / spent[:2].sum())}}
+                       "prepare_ms": spent[1], "plain_ms": plain, "quiet": 2 * plain / spent[:2].sum(),
+                       "decode": min(1.0, (spent[0] + spent[2]) / spent[:2].sum())}}
 
 
 def run(args, new_row):
@@ -266,8 +282,9 @@ def run(args, new_row):
     forms = args.variant.split(",") if args.variant else list(FORMS)
     for form in forms:
         choose("--variant: loader has no", form, FORMS)
-    print(f"{'form':12} {'method':13} {'side':>7} {'samples/s':>9} {'loop':>7} {'ratio':>6} {'decode':>6} "
-          f"{'read ms':>7} {'plain':>6}")
+    print(f"{'form':12} {'method':13} {'side':>7} {'samples/s':>9} {'loop/s':>7} {'ratio':>6} {'quiet':>6} "
+          f"{'decode':>6} {'read ms':>7} {'prep':>6} {'loop':>6}")
+    torch.set_num_threads(1)                               # as in a worker: a loop's threads would only wait
     with tempfile.TemporaryDirectory() as root:
         for form in forms:
             folder = Path(root) / form
@@ -280,7 +297,7 @@ def run(args, new_row):
                     d = row["detail"]
                     side = d["image_size"] or "320x240"
                     print(f"{form:12} {name:13} {side:>7} {row['per_s']:9.0f} {d['loop_per_s']:7.0f} "
-                          f"{row['ratio']:6.2f} {d['decode']:6.2f} {d['read_ms']:7.2f} {d['plain_ms']:6.2f}",
-                          flush=True)
+                          f"{row['ratio']:6.2f} {d['quiet']:6.2f} {d['decode']:6.2f} {d['read_ms']:7.2f} "
+                          f"{d['prepare_ms']:6.2f} {d['plain_ms']:6.2f}", flush=True)
                     yield new_row(args, model=name, what="loader", variant=form, size="official",
                                   batch=args.batch or 8) | row

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -862,9 +863,24 @@ def test_empty_dataset_is_an_error():
         next(data.loader([], keep, indices, batch=2))
 
 
+# ---- The traps of ecosystem.md section 5 --------------------------------------------------------------------
+
+def test_trap_12_what_stands_on_mujoco_wants_one_below_4():
+    """robosuite 1.5.2 fails at its first reset with MuJoCo 4: what is said to install, names an older one."""
+    for sim in ("libero", "metaworld"):
+        assert "mujoco==3." in " ".join(eval_sim.PARTS[sim][0].values()), sim
+    assert '"mujoco==3.' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_every_numbered_trap_has_a_test_named_after_it():
+    named = set(re.findall(r"^def test_trap_(\d+b?)_", "".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")), re.M))
+    assert named == {"1b", *map(str, range(1, 16))}
+
+
 # ---- Command line -----------------------------------------------------------------------------------------
 
-def test_make_then_describe(tmp_path):
+def test_make_then_describe(tmp_path, capsys):
     code, out, err = run_cli("--make", "--episodes", 2, "--families", "all", "--views", "third,wrist",
                              "--image-size", 16, "--workers", 0, env={"XDG_CACHE_HOME": str(tmp_path)})
     assert code == 0, err
@@ -874,8 +890,44 @@ def test_make_then_describe(tmp_path):
     raw = bytearray((folder / "shard-00000.safetensors").read_bytes())
     raw[-1] ^= 1                                                       # one flipped bit, same size
     (folder / "shard-00000.safetensors").write_bytes(raw)
-    with pytest.raises(ValueError, match="shard-00000.safetensors is torn or changed: its checksum"):
-        data.describe(folder)
+    with pytest.raises(ValueError, match="1 parts are damaged"):
+        data.describe(str(folder))
+    assert "shard-00000.safetensors is torn or changed: its checksum" in capsys.readouterr().out
+
+
+def test_describe_tells_a_manifest_and_lists_all_its_damage(tmp_path, capsys):
+    path = manifest_of(tmp_path / "set", [TEXT, TEXT, TEXT.replace("500", "9", 56), TEXT])
+    data.describe(str(path), tmp_path / "sheet.png")
+    said = capsys.readouterr().out
+    for text in ("4 lines, 0 of them damaged; 4 frames, 1 to 2 in an episode, median 1; 1 tasks", "horizon 8, integers",
+                 "'wrist': (4, 6, 3)", "actions: (8, 7)", "action q99"):
+        assert text in said, text
+    assert Image.open(tmp_path / "sheet.png").size == (2 * (96 * 6 // 4) * 2, 3 * 112)
+    path.write_text(path.read_text().replace('"D": 7', '"D": 8', 1))
+    (path.parent / "images" / "00000003.png").unlink()
+    one_line(lambda: data.describe(str(path)), "2 parts are damaged")
+    said = capsys.readouterr().out
+    assert "4 lines, 2 of them damaged" in said and said.count("\ndamaged ") == 2
+    assert "line 1: H=8, D=8" in said and "line 4: " in said and "00000003.png is no picture" in said
+
+
+def test_describe_tells_what_a_users_function_gives(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("""import numpy as np
+def make(horizon, bad=3):
+    return [{"images": {"third": np.zeros((6, 8, 3), np.uint8)}, "instruction": f"pick {i}", "dataset": "mine",
+             "state": np.zeros(8, np.float32), "actions": np.full((horizon, 7), i / 0.25 if i < bad else np.nan,
+             np.float32), "loss_mask": np.ones(horizon, bool)} for i in range(5)]
+def good(horizon):
+    return make(horizon, 9)
+def stream():
+    return iter(make(4))
+""")
+    data.describe(f"{tmp_path}/mine.py:good")
+    said = capsys.readouterr().out
+    assert "5 samples, 0 of them damaged; 5 samples; 5 tasks" in said and "action q99    16.0000" in said
+    one_line(lambda: data.describe(f"{tmp_path}/mine.py:make"), "2 parts are damaged")
+    assert "damaged      sample 3: " in capsys.readouterr().out
+    one_line(lambda: data.describe(f"{tmp_path}/mine.py:stream"), "has no len")
 
 
 @pytest.mark.slow
@@ -919,7 +971,7 @@ def test_history_is_the_frames_before_of_the_same_episode(tmp_path):
     alone, with_past = (data.tabletop("val", 2, ("pick",), image_size=32, horizon=2, history=n, cache=tmp_path,
                                       workers=0) for n in (1, 3))
     for i in range(len(alone)):
-        sample, first = with_past[i], next(s for s in reversed(alone.starts.tolist()) if s <= i)
+        sample, first = with_past[i], next(s for s in reversed(alone.at.tolist()) if s <= i)
         frames, actions = sample["history_images"]["third"], sample["history_actions"]
         assert len(frames) == len(actions) == min(2, i - first)
         for back, (frame, action) in enumerate(zip(frames[::-1], actions[::-1]), 1):

@@ -1,4 +1,5 @@
 """data.py's readers of A0's official sets: the recorded draws, small trees of every form, what is refused."""
+import contextlib
 import hashlib
 import json
 import shutil
@@ -359,9 +360,27 @@ def test_waypoints_do_for_actions_only_where_actions_are_points(root):
             ("'waypoints' is", lambda: data.check_sample(sample | {"waypoints": sample["waypoints"][:4]})),
             ("has points, no actions", lambda: data.open_dataset(where, action_dim=7)),
             ("did you mean 'hoi4d'", lambda: data.open_dataset(f"{where}+hoid4={root}")),
-            ("no align_rgb/image.mp4 below it", lambda: data.frames_command(["--root", "nowhere"]))):
+            ("no align_rgb/image.mp4 below it", lambda: data.run_command("hoi4d-frames", ["--root", "nowhere"]))):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_describe_tells_all_forms_of_a_folder_and_lists_their_damage(root, capsys):
+    data.describe(str(root), root.parent / "sheet.png")
+    said = capsys.readouterr().out
+    assert said.count("0 of them damaged") == 10 and Image.open(root.parent / "sheet.png").size[1] == 6 * 112
+    for text in ("hoi4d_frame=", "A0's maniskill, train; of each", "waypoints: (5, 2)", "Task: tidy up. Pickup Bottle."):
+        assert text in said, text
+    write(root / SIM, ("waypoints2d", []))
+    write(root / "droid_cotrack/rgb", None)
+    for spec, forms, bad in ((f"a0={root}", 5, 4), (str(root / "maniskill"), 1, 1), (f"hoi4d={root}", 1, 0)):
+        with contextlib.nullcontext() if not bad else pytest.raises(ValueError, match=f"{bad} parts are damaged"):
+            data.describe(spec)
+        said = capsys.readouterr().out
+        assert said.count("of them damaged; ") == 2 * forms and said.count("\ndamaged ") == bad
+        assert not bad or "out_0.json: validRange 2..14, 0 points" in said
+    with pytest.raises(ValueError, match="has no manifest.json: .* nor one of A0's"):
+        data.describe(str(root / "HOI4D_release"))
 
 
 BAD = [                                # form, a file or folder, what becomes of it, message

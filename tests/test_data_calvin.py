@@ -88,6 +88,8 @@ DAMAGE = {
     "missing": (lambda path: path.unlink(), "FileNotFoundError"),
     "torn": (lambda path: path.write_bytes(path.read_bytes()[:900]), "episode_0000004.npz is not as in CALVIN"),
     "without an action": (lambda path: np.savez(path, rgb_static=np.zeros((20, 20, 3), np.uint8)), "rel_actions"),
+    "fewer numbers": (lambda path: np.savez(path, rel_actions=np.zeros(6), robot_obs=np.zeros(15)),
+                      "frames 0 to 12: all input arrays must have the same shape"),
     "NaN": (lambda path: np.savez(path, rel_actions=np.full(7, np.nan), robot_obs=np.zeros(15)), "actions is nan")}
 
 

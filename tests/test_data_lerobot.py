@@ -401,7 +401,7 @@ def test_the_command_says_what_a_folder_is_and_lists_what_is_damaged(tmp_path):
     (root / "data" / "chunk-000" / "file-000.parquet").unlink()
     done = forks.shared()("data.py", root, cwd=tmp_path)
     assert done.rc == 2 and done.out.count("\ndamaged ") == 3 and "the video ends at 0.400 s" in done.out
-    assert done.err.splitlines()[-1].startswith(f"error: {root}: 3 of 3 episodes are damaged")
+    assert done.err.splitlines()[-1].startswith(f"error: {root}: 3 parts are damaged")
     (tmp_path / "empty").mkdir()
     done = forks.shared()("data.py", tmp_path / "empty", cwd=tmp_path)
     assert done.rc == 2 and "nor LeRobot's, with meta/info.json, nor LIBERO's" in done.err
@@ -611,8 +611,12 @@ def test_damaged_libero_files_are_named(tmp_path):
     for options, said in (({"val": "2"}, "zz_demo.hdf5 is not as in LIBERO's HDF5"), ({}, "2 of 3 episodes are damaged")):
         with pytest.raises(ValueError, match=said):
             libero(tmp_path, **options)
+    with h5py.File(tmp_path / "none_demo.hdf5", "w") as file:
+        file.create_group("data")
     found = libero(tmp_path, damaged="skip")
     assert len(found) == 4 and "actions is inf" in found.damaged[0][1]
+    assert "none_demo.hdf5 is not as in LIBERO's HDF5: ValueError: it holds no demonstration" in found.damaged[1][1]
+    (tmp_path / "none_demo.hdf5").unlink()
     done = forks.shared()("data.py", tmp_path, cwd=tmp_path)
     assert done.rc == 2 and "LIBERO's HDF5, 2 files" in done.out and done.out.count("\ndamaged ") == 2
     torn.unlink()

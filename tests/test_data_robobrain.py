@@ -433,6 +433,29 @@ def test_shards_give_the_same_samples(processed, tmp_path):
 
 
 @agilex
+def test_describe_tells_rows_and_shards_and_lists_their_damage(processed, tmp_path, capsys):
+    rows, where = rows_of(processed), tmp_path / "set"
+    shutil.copytree(processed, where)
+    for number, at in enumerate(range(0, len(rows), 5)):
+        shard = write_shard(where / f"pretrain-{number}.tar", *rows[at:at + 5])
+    (where / "mine.jsonl").write_text((where / "train.jsonl").read_text() + "[]\n")
+    (where / rows[0]["image"][0]).unlink()
+    shard.write_bytes(shard.read_bytes()[:700])
+    for name, damage in (("train.jsonl", ["line 1: images/"]), ("mine.jsonl", ["line 1: ", f"line {len(rows) + 1} is torn"]),
+                         ("", ["sample 0: images/", f"{shard.name} is cut off"])):
+        one_line(f"{len(damage)} parts are damaged", data.describe, str(where / name), tmp_path / "sheet.png")
+        said = capsys.readouterr().out
+        for text in (f"rows, {len(damage)} of them damaged; ", "rows name action.eepose", "actions: (8, 14)",
+                     "tasks        Tidy  the Table", "action q99 ", *damage):
+            assert text in said, text
+        assert said.count("\ndamaged ") == len(damage) and (tmp_path / "sheet.png").is_file()
+    gray(where / "a.png")
+    vqa = write_jsonl(where / "vqa.jsonl", {"image": "a.png", "conversations": talk("<image>What?", "a cup")})
+    data.describe(str(vqa))
+    assert "1 rows, 0 of them damaged; 1 samples; 0 tasks" in capsys.readouterr().out
+
+
+@agilex
 def test_pictures_are_found_where_the_folder_was_moved(processed, tmp_path):
     """The authors' absolute paths: their ends count."""
     rows = json.loads(json.dumps(rows_of(processed)).replace('"images/', '"/share/x/images/')
@@ -545,6 +568,8 @@ ROWS = {
     "torn picture": ({"conversations": talk("<image>", "b"), "image": "torn.png"}, "torn.png is not as in"),
     "no npy": (codes_row("none.npy"), "none.npy is missing"),
     "pickled npy": (codes_row("evil.npy"), "evil.npy is not as in .*allow_pickle"),
+    "NaN in actions": ({"conversations": talk("a", "<action_token>"), "action": {"eepose": ["nan.npy"]}},
+                       "nan.npy is not as in .* not all its numbers are finite"),
     "code too large": (codes_row([[2048]]), "codes 0 .. 2047"),
     "no whole number": (codes_row([[1.5]]), "codes 0 .. 2047"),
     "two of one": (codes_row([[1], [2]]), "a chunk per <action_token> is wanted"),
@@ -558,6 +583,7 @@ def test_a_bad_row_is_one_clear_line(tmp_path, stats_beside, name):
     gray(tmp_path / "a.png")
     (tmp_path / "torn.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
     np.save(tmp_path / "evil.npy", np.array([{"x": 1}], object))
+    np.save(tmp_path / "nan.npy", np.full((8, 14), np.nan))
     for path in (write_jsonl(tmp_path / "x.jsonl", row), *([write_shard(tmp_path / "s" / "x.tar", row).parent]
                                                            if "conversations" in row else [])):
         how = f",val=0,root={tmp_path},stats={tmp_path}/normal_stats.json"

@@ -201,6 +201,20 @@ def test_windows_of_episodes_follow_the_block(tmp_path):
     assert sliding.stats.keys() == {"mine"}
 
 
+def test_describe_tells_what_an_official_json_names(tmp_path, capsys):
+    path = written(calvin(tmp_path), val_dataset=None)
+    (tmp_path / "training" / "episode_0000007.npz").write_text("torn")
+    with pytest.raises(ValueError, match="1 parts are damaged"):
+        data.describe(path)
+    said = capsys.readouterr().out
+    for text in ("17 windows of 3 + 2 frames: 2 episodes, 1 of them damaged; 9 frames", "CALVIN, training: 2 language",
+                 "30 frames per second", "CALVIN, validation", "2 episodes, 0 of them", "episode_0000007.npz is not as"):
+        assert text in said, text
+    (tmp_path / "eps.py").write_text(EPISODES)
+    data.describe(written(tmp_path, type="OpenVLADataset", data_root_dir=f"{tmp_path / 'eps.py'}:make"))
+    assert "1 episodes, 0 of them damaged; 7 windows, 7 to 7 in an episode" in capsys.readouterr().out
+
+
 # ---- train.py reads the JSON ------------------------------------------------------------------------------
 
 def test_train_runs_an_official_json(tmp_path):

@@ -43,8 +43,8 @@ from transformers import (PreTrainedTokenizerFast, Qwen2Config, Qwen2Model, Sigl
                           SiglipVisionModel)
 
 from common import (Parser, atomic_write, attention, check_config, check_fit, check_observation, choose, cli,
-                    hash64, keyed_generator, keyed_rng, load_config, load_weights, pick_attention, read_json,
-                    resolve, save_folder, tiny_tokenizer, write_json)
+                    hash64, keyed_generator, keyed_rng, lean, load_config, load_weights, pick_attention,
+                    read_json, resolve, save_folder, tiny_tokenizer, write_json)
 from common import device as pick_device
 
 
@@ -389,7 +389,7 @@ class CrossAttention(nn.Module):
         if mask is not None:                                   # a row without any text looks at zeros, where
             some = mask.any(1, keepdim=True)                   # the official code (torch 2.1) got NaN
             v, mask = v * some[:, :, None, None], (mask | ~some)[:, None, None]
-        return self.k_norm(k), v, mask
+        return lean(self.k_norm, k), v, mask
 
     def forward(self, x, k, v, mask=None):
         """x (B, L, D); k, v, mask as from keys_values -> (B, L, D)."""

@@ -49,6 +49,7 @@ from common import device as pick_device
 
 @dataclass
 class Config:
+    """Sizes, the sampler, the data's form and the recipe of one model; a preset is one of these."""
     # what goes in and out
     views: tuple = ("third",)         # cameras, in order, by their names in the sample (official: one camera)
     image_size: int = 224             # side of the square picture the towers see [pixels]
@@ -418,26 +419,33 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x):
+        """(B, L, D) -> (B, L, D)."""
         B, L, D = x.shape
         q, k, v = self.qkv(x).view(B, L, 3, self.heads, D // self.heads).unbind(2)     # each (B, L, H, K)
         return self.proj(attention(q, k, v, self.attn).reshape(B, L, D))               # (B, L, D)
 
 
 class MLP(nn.Module):
+    """Linear, GELU, Linear; gelu: none (exact) | tanh."""
+
     def __init__(self, width, hidden, gelu="none"):
         super().__init__()
         self.fc1, self.fc2, self.gelu = nn.Linear(width, hidden), nn.Linear(hidden, width), gelu
 
-    def forward(self, x):                                          # (B, L, D) -> (B, L, D)
+    def forward(self, x):
+        """(B, L, D) -> (B, L, D)."""
         return self.fc2(F.gelu(self.fc1(x), approximate=self.gelu))
 
 
 class LayerScale(nn.Module):
+    """A learned factor per channel, which starts at `value` (DINOv2)."""
+
     def __init__(self, width, value):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((width,), value))
 
-    def forward(self, x):                                          # (B, L, D) -> (B, L, D)
+    def forward(self, x):
+        """(B, L, D) -> (B, L, D)."""
         return x * self.gamma
 
 
@@ -451,7 +459,8 @@ class ViTBlock(nn.Module):
         scale = functools.partial(LayerScale, width, layer_scale) if layer_scale else nn.Identity
         self.ls1, self.ls2 = scale(), scale()
 
-    def forward(self, x):                                          # (B, L, D) -> (B, L, D)
+    def forward(self, x):
+        """(B, L, D) -> (B, L, D)."""
         x = x + self.ls1(self.attn(self.norm1(x)))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
@@ -558,7 +567,8 @@ class Projector(nn.Module):
         self.projector = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, out),
                                        nn.GELU(), nn.Linear(out, out))
 
-    def forward(self, x):                                          # (B, P, .) -> (B, P, D)
+    def forward(self, x):
+        """Features of both towers (B, P, .) -> the language model's width (B, P, D)."""
         return self.projector(x)
 
 
@@ -596,11 +606,14 @@ class LLMBackbone(nn.Module):
 # ---- The action head --------------------------------------------------------------------------------------
 
 class Embedder(nn.Module):
+    """One Linear: actions -> the DiT's width."""
+
     def __init__(self, width_in, width):
         super().__init__()
         self.linear = nn.Linear(width_in, width)
 
-    def forward(self, x):                                          # (B, T, A) -> (B, T, D)
+    def forward(self, x):
+        """(B, T, A) -> (B, T, D)."""
         return self.linear(x)
 
 
@@ -613,12 +626,15 @@ def sinusoid(t, dim, max_period=10000):
 
 
 class TimestepEmbedder(nn.Module):
+    """Diffusion steps -> the DiT's width: a sinusoid, then two Linears."""
+
     def __init__(self, width, frequencies=256):
         super().__init__()
         self.frequencies = frequencies
         self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t):
+        """Steps t (n,) -> (n, D)."""
         # the sinusoid is made in float32 whatever the weights are, then cast to their type
         return self.mlp(sinusoid(t, self.frequencies).to(self.mlp[0].weight.dtype))    # (n, D)
 
@@ -647,18 +663,22 @@ class DiTBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.attn, self.mlp = Attention(width, heads, attn), MLP(width, hidden, "tanh")
 
-    def forward(self, x):                                          # (B, L, D) -> (B, L, D)
+    def forward(self, x):
+        """(B, L, D) -> (B, L, D)."""
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
 
 class FinalLayer(nn.Module):
+    """A norm without parameters and a Linear to actions; no adaLN."""
+
     def __init__(self, width, out):
         super().__init__()
         self.norm_final = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.linear = nn.Linear(width, out)
 
-    def forward(self, x):                                          # (B, L, D) -> (B, L, A)
+    def forward(self, x):
+        """(B, L, D) -> (B, L, A)."""
         return self.linear(self.norm_final(x))
 
 
@@ -889,6 +909,7 @@ class Model(nn.Module):
 
     @property
     def device(self):
+        """Where the weights are."""
         return self.action_model.net.positional_embedding.device
 
     def precision(self):
@@ -1309,6 +1330,7 @@ def demo():
 
 
 def main():
+    """The command line: the demo, or --export."""
     parser = Parser("CogACT: tiny demo, or export to the official layout.")
     parser.add_argument("--export", nargs=2, metavar=("CKPT", "OUT.pt"), help="write CKPT the official way")
     export = parser.parse_args().export

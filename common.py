@@ -1,7 +1,7 @@
 """
-The small parts that all five methods share: seeds and devices, the attention choice, the tiny tokenizer,
-action statistics and normalization, quantizers, chunk ensembling, safe checkpoint files. All of it takes
-tensors and numbers, never a config or a model. What makes a method the method is in its own file, not here.
+The small parts that all five methods share: seeds and devices, the attention choice, a loss in pieces, the
+tiny tokenizer, action statistics and normalization, quantizers, chunk ensembling, safe checkpoint files. They
+take tensors and numbers, never a config or a model. What makes a method the method is in its own file.
 
 How a method file is used; train.py, eval_sim.py and serve.py need only these names of it:
 
@@ -60,6 +60,8 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 VERSION = 1                          # of the checkpoint folder's layout
 STATISTICS = ("mean", "std", "min", "max", "q01", "q99", "mask")
@@ -163,6 +165,49 @@ def attention(q, k, v, kind="sdpa", causal=False, mask=None):
         score = score.masked_fill(~mask, float("-inf"))
     weight = score.softmax(-1, dtype=torch.float32).to(v.dtype)        # in 32 bits, as inside of SDPA
     return (weight @ v).transpose(1, 2)
+
+
+class Kernels(TorchDispatchMode):
+    """While it is entered, `names` collects which attention kernels run, by their names in PyTorch."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__.strip("_")
+        self.names |= {name} if "attention" in name or "flash_attn" in name else set()
+        return func(*args, **(kwargs or {}))
+
+    def __str__(self):
+        return ", ".join(sorted(self.names)) or "matrix products"
+
+
+# ---- Less memory in training ------------------------------------------------------------------------------
+
+LARGE = 2**26                        # numbers in a tensor (268 MB of float32) beyond which these two act
+
+
+def lean(f, x):
+    """f(x), and f is cheap: of a large x, what f keeps for the backward pass is computed again there."""
+    if not x.requires_grad or x.numel() <= LARGE // 64:
+        return f(x)
+    return checkpoint(f, x, use_reentrant=False, preserve_rng_state=False)
+
+
+def word_loss(hidden, head, targets, vocab):
+    """Mean cross-entropy of words: head(hidden (n, D)) -> logits (n, vocab), targets (n,) -> scalar, float32.
+
+    The logits are never whole in memory: rows are taken LARGE // vocab at a time, and their logits computed
+    again in the backward pass.
+    """
+    def error(rows, words, reduction="sum"):
+        return F.cross_entropy(head(rows).float(), words, reduction=reduction)
+    size = max(1, LARGE // vocab)
+    if len(targets) <= size:
+        return error(hidden, targets, "mean")
+    return sum(checkpoint(error, *part, use_reentrant=False, preserve_rng_state=False)
+               for part in zip(hidden.split(size), targets.split(size))) / len(targets)
 
 
 # ---- The tiny tokenizer -----------------------------------------------------------------------------------

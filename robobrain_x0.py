@@ -54,13 +54,14 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (Qwen2_5_VLT
 
 from common import (atomic_write, check_config, check_fit, check_observation, choose, cli,
                     hf_attention, keyed_generator, load_config, load_weights, pick_attention, pick_stats,
-                    read_json, resolve, save_folder, tiny_tokenizer)
+                    read_json, resolve, save_folder, tiny_tokenizer, word_loss)
 from common import device as pick_device
 
 # ---- Config ---------------------------------------------------------------------------------------------
 
 @dataclass
 class Config:
+    """Sizes, tokens, decoding and the recipe of one model; a preset is one of these."""
     # what goes in and out
     views: tuple = ("cam_high", "cam_right_wrist", "cam_left_wrist")   # cameras, in the prompt's order
     robot: str = "agilex"             # whose prompt (ROBOTS); a sample's `embodiment` comes first
@@ -232,6 +233,7 @@ def unit(x):
 
 
 def rotvec_to_quat(v):
+    """Rotation vectors (..., 3) [rad] -> unit quaternions xyzw (..., 4)."""
     angle = np.linalg.norm(v, axis=-1, keepdims=True)
     return np.concatenate([0.5 * np.sinc(angle / (2 * np.pi)) * v, np.cos(angle / 2)], -1)
 
@@ -244,6 +246,7 @@ def quat_to_rotvec(q):
 
 
 def euler_to_quat(euler):
+    """Angles about the fixed axes x, then y, then z (..., 3) [rad] -> unit quaternions xyzw (..., 4)."""
     x, y, z = (rotvec_to_quat(euler[..., i:i + 1] * np.eye(3)[i]) for i in range(3))
     return quat_multiply(z, quat_multiply(y, x))
 
@@ -259,6 +262,7 @@ def quat_to_euler(q):
 
 
 def quat_to_matrix(q):
+    """Quaternions xyzw (..., 4) -> rotation matrices (..., 3, 3)."""
     q = unit(q)[..., None, :]
     columns = quat_multiply(quat_multiply(q, np.eye(3, 4)), q * [-1, -1, -1, 1])    # the axes, turned
     return columns[..., :3].swapaxes(-1, -2)                                        # (..., 3, 3)
@@ -274,6 +278,7 @@ def matrix_to_quat(m):
 
 
 def matrix_to_6d(m):
+    """Rotation matrices (..., 3, 3) -> their first two columns, one after the other (..., 6)."""
     return np.concatenate([m[..., :, 0], m[..., :, 1]], -1)
 
 
@@ -350,6 +355,7 @@ class Robot:
 
     @property
     def pose_dim(self):
+        """Numbers in a reported pose: position, rotation and gripper of each arm."""
         return self.arms * (8 if self.rotation == "quat" else 7)
 
 
@@ -375,6 +381,7 @@ ROBOTS = {
 
 
 def robot_of(name):
+    """The Robot of that name; an unknown one is a ValueError with the nearest match."""
     choose("there is no robot", name, list(ROBOTS))
     return ROBOTS[name]
 
@@ -507,6 +514,7 @@ class Fast:
 
     @classmethod
     def load(cls, path, *how):
+        """From a tokenizer.json; how: scale, low, codes. ValueError: it is none, or is too large."""
         try:
             return cls(Tokenizer.from_file(str(path)), *how)
         except Exception as e:                                 # tokenizers raises bare Exceptions
@@ -541,6 +549,7 @@ class Fast:
         return cls(bpe, scale, int(low), codes)
 
     def save(self, folder):
+        """Write fast_tokenizer.json into a folder."""
         atomic_write(Path(folder) / "fast_tokenizer.json",
                      lambda part: part.write_text(self.bpe.to_str(), encoding="utf-8"))
 
@@ -710,6 +719,7 @@ class OmniSAT:
 
     @classmethod
     def load(cls, path, codes=2048):
+        """The file that `save` wrote; codes: the model has room for so many. ValueError: another file."""
         held = {name: x.numpy() for name, x in load_weights(path).items()}
         books = [held[name] for name in GROUPS if name in held and held[name].ndim == 3]
         if {*held} != {*GROUPS, "degree", "tolerance"} or len({b.shape[1:] for b in books}) * len(books) != 3:
@@ -736,11 +746,13 @@ class OmniSAT:
 
     @staticmethod
     def groups(D):
+        """Which group (GROUPS) each of D numbers is in, (D,); a ValueError if these are no arms of 7."""
         if D % 7:
             raise ValueError(f"OmniSAT knows arms of 7 numbers (x y z, rotation, gripper), found {D}.")
         return np.tile(GROUP_OF, D // 7)                                            # (D,)
 
     def save(self, folder):
+        """Write omnisat.safetensors into a folder."""
         held = {**dict(zip(GROUPS, self.books)), "degree": np.array(self.degree),
                 "tolerance": np.array(self.tolerance)}
         atomic_write(Path(folder) / "omnisat.safetensors", lambda part: save_file(held, part))
@@ -903,9 +915,11 @@ class Words:
         self.text, self.actions = text, actions
 
     def encode(self, text):
+        """A text -> its ids, without <s> or the like."""
         return self.text(text, add_special_tokens=False).input_ids
 
     def decode(self, ids):
+        """Ids -> their text, special tokens left out."""
         return self.text.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
@@ -1281,6 +1295,7 @@ class Reader:
         self.memory = [p.data_ptr() for p in model.parameters()]
 
     def fuse(self, *parts):
+        """Weights (n, D) stacked along n; with `alias` they become views of that."""
         whole = torch.cat([p.detach() for p in parts])
         if self.alias:
             for p, view in zip(parts, whole.split([len(p) for p in parts])):
@@ -1369,11 +1384,14 @@ class Writer:
         self.count = torch.zeros(B, dtype=torch.long, device=device)
         self.passes, self.done = self.count.clone(), self.count.bool()
         self.heads = reader.legal if self.short else torch.arange(cfg.vocab, device=device)
-        at = self.heads.tolist().index if self.short else int                      # an id's place in logits
+        at = cfg.legal.index if self.short else int            # an id's place in logits
         self.base, self.boa, self.eoa, self.split, self.end = map(at, (
             cfg.action_id, cfg.boa_id, cfg.eoa_id, cfg.split_id, cfg.im_end_id))
         self.prompt = batch["ids"]
         self.seed = int(torch.randint(2**62, ())) if seed is None and cfg.temperature > 0 else seed
+        self.noise = None                                      # of whole answers, where few ids can win
+        if self.short and cfg.temperature > 0:
+            self.noise = torch.stack([self.draw(b, range(size)) for b in range(B)]).to(device)
         self.cache = reader.new_cache(B, L + size)
         slots = torch.arange(L, device=device).expand(B, L)
         hidden = reader(rows, batch["positions"].transpose(0, 1), slots, self.cache)             # (B, L, D)
@@ -1405,13 +1423,18 @@ class Writer:
             logits = torch.where(said[..., self.heads], penalized, logits)
         if self.grammar:
             logits = logits.masked_fill(~self.allowed(before), float("-inf"))
-        if cfg.temperature > 0:         # one vector per row and place, whatever was drafted: the same answer
-            noise = torch.stack([
-                torch.empty(cfg.vocab).exponential_(generator=keyed_generator(self.seed, b, i))
-                for b, places in enumerate(before.tolist()) for i in places])
-            noise = noise.view(B, K, -1).to(logits.device)[..., self.heads]
+        if self.noise is not None:
+            noise = self.noise.gather(1, before[..., None].expand(-1, -1, len(self.heads)))
             logits = logits / cfg.temperature - noise.log()
+        elif cfg.temperature > 0:                              # of words: 151,936 per place, made on the host
+            noise = torch.stack([self.draw(b, places) for b, places in enumerate(before.tolist())])
+            logits = logits / cfg.temperature - noise.to(logits.device).log()
         return self.heads[logits.argmax(-1)]
+
+    def draw(self, row, places):
+        """Noise (places, heads) of a row, the same at a place whatever was drafted: so is the answer."""
+        return torch.stack([torch.empty(len(self.heads)).exponential_(
+            generator=keyed_generator(self.seed, row, i)) for i in places])
 
     def allowed(self, before):
         """(B, K, heads) bool: what may follow text[: before + 1]: words, <boa>, whole chunks; or <EOA>."""
@@ -1451,9 +1474,9 @@ class Writer:
         self.count += n
 
     def run(self):
-        """Write to the end; the device is looked at once per pass when speculating, else every 16 passes."""
+        """Write to the end; a GPU is looked at once per pass when speculating, else every 16 passes."""
         while not bool(self.done.all()):
-            for _ in range(1 if self.window > 1 else 16):
+            for _ in range(1 if self.window > 1 or not self.text.is_cuda else 16):
                 self.read(self.window)
         return self
 
@@ -1493,6 +1516,7 @@ class Model(nn.Module):
 
     @property
     def device(self):
+        """Where the weights are."""
         return self.model.norm.weight.device
 
     def embed(self, batch):
@@ -1519,8 +1543,8 @@ class Model(nn.Module):
         """Mean cross-entropy over the learnt tokens of the batch; over processes and passes too, each token
         weighs the same (`weigh`). Returns (scalar, to log)."""
         hidden = self(batch).flatten(0, 1)[batch["rows"]]                           # (n, D)
-        logits = F.linear(hidden, self.model.embed_tokens.weight).float()           # (n, N); the head is tied
-        loss = F.cross_entropy(logits, batch["targets"])
+        head = functools.partial(F.linear, weight=self.model.embed_tokens.weight)   # tied, (n, N)
+        loss = word_loss(hidden, head, batch["targets"], self.cfg.vocab)
         return loss, {"loss": loss.detach(), "clamped": batch["clamped"].float().mean()}
 
     @contextmanager

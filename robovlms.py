@@ -42,9 +42,11 @@ from PIL import Image
 from torch import nn
 from transformers.initialization import no_init_weights
 
+import common
 from common import (ChunkEnsemble, UniformBins, attention, check_config, check_fit, check_observation, choose,
-                    cli, exponential_weights, hf_attention, keyed_rng, load_config, load_weights, normalize,
-                    pick_attention, pick_stats, read_json, resolve, save_folder, tiny_tokenizer, unnormalize)
+                    cli, exponential_weights, hf_attention, keyed_rng, lean, load_config, load_weights,
+                    normalize, pick_attention, pick_stats, read_json, resolve, save_folder, tiny_tokenizer,
+                    unnormalize, word_loss)
 from common import device as pick_device
 
 
@@ -79,6 +81,7 @@ BACKBONES = {   # public sizes (UForm's ViT: not known) and official training, w
 
 @dataclass
 class Config:
+    """The matrix's cell, sizes, data and recipe of one model; a preset is one of these."""
     # the matrix
     backbone: str = "kosmos"
     formulation: str = "policy_head"
@@ -518,6 +521,7 @@ class CrossAttention(nn.Module):
             self.add_module(name, nn.LayerNorm(dim))
 
     def forward(self, x, memory, mask=None):
+        """-> (N, L, D): what x found in memory, no residual."""
         qkv = self.to_q(x), *self.to_kv(memory).chunk(2, -1)
         q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in qkv)                         # (N, ., H, K)
         return self.to_out(attention(q, k, v, mask=mask).flatten(2))                       # (N, L, D)
@@ -533,6 +537,7 @@ class PerceiverResampler(nn.Module):
         self.layers = nn.ModuleList(nn.ModuleList([attn(), feed_forward(dim)]) for _ in range(depth))
 
     def forward(self, x):
+        """(N, P, D) -> (N, num_latents, D)."""
         latents = self.latents.expand(len(x), -1, -1)
         for attn, ff in self.layers:
             asking = attn.norm_latents(latents)                # keys and values: media ++ latents
@@ -649,6 +654,7 @@ class Kosmos(Backbone):
     decoder = property(lambda self: self.text_model.model)
 
     def see(self, pixels):
+        """(N, 3, h, w) -> latents (N, 64, D)."""
         x = self.tower.post_layernorm(self.patches(pixels))                            # all 257 tokens
         return self.image_to_text_projection(F.normalize(x, dim=-1))[0]                # (N, 64, D)
 
@@ -666,10 +672,12 @@ class PaliGemma(Backbone):
         self.multi_modal_projector = nn.ModuleDict({"linear": nn.Linear(cfg.vit_width, cfg.llm_width)})
 
     def see(self, pixels):
+        """(N, 3, h, w) -> (N, P, D), in units of which lm makes the usual ones."""
         x = self.multi_modal_projector["linear"](self.patches(pixels))                 # (N, P, D)
         return x / x.shape[-1] ** 0.5                          # lm multiplies all rows, words and ACT too
 
     def lm(self, rows, mask=None, cache=None):
+        """As Backbone.lm; all rows are multiplied by sqrt(D) first, as Gemma does."""
         # in the rows' type, so 45.25 in bf16. (transformers 5 scales in embed_tokens, `words` does not)
         scale = torch.tensor(rows.shape[-1] ** 0.5, dtype=rows.dtype, device=rows.device)
         return super().lm(rows * scale, mask, cache)
@@ -686,6 +694,7 @@ class Llava(Backbone):
                                                     "linear_2": nn.Linear(cfg.llm_width, cfg.llm_width)})
 
     def see(self, pixels):
+        """(N, 3, h, w) -> (N, P, D), without the class token."""
         x, project = self.patches(pixels)[:, 1:], self.multi_modal_projector           # (N, P, vit_width)
         return project["linear_2"](F.gelu(project["linear_1"](x)))                     # (N, P, D)
 
@@ -724,6 +733,7 @@ class Qwen(Backbone):
         self.register_buffer("places", resample(self.asked, patches), persistent=False)
 
     def see(self, pixels):
+        """(N, 3, h, w) -> (N, 258, D): 256 latents between <img> and </img>."""
         x = self.tower.encoder(inputs_embeds=self.ln_pre(self.tower.embeddings(pixels))).last_hidden_state
         x = self.ln_kv(self.kv_proj(x))                                                # (N, P, D)
         q = (self.ln_q(self.query) + self.asked).expand(len(x), -1, -1)                # (N, 256, D)
@@ -745,6 +755,7 @@ class MoonDream(Backbone):
                                         nn.Linear(4 * cfg.llm_width, cfg.llm_width))
 
     def see(self, pixels):
+        """(N, 3, h, w) -> (N, P, D)."""
         return self.projection(self.patches(pixels))                                   # (N, P, D)
 
 
@@ -763,6 +774,7 @@ class UForm(Backbone):
             cfg.llm_width, cfg.llm_heads, 4 * cfg.llm_width, 0.0, F.silu, batch_first=True, norm_first=True)
 
     def see(self, pixels):
+        """(N, 3, h, w) -> latents (N, image_tokens, D)."""
         x = self.project(self.patches(pixels))                                         # (N, 1 + P, D)
         return self.image_pooler(self.image_latents.expand(len(x), -1, -1), x)         # (N, latents, D)
 
@@ -775,6 +787,7 @@ class FlamingoBlock(nn.Module):
         self.decoder_layer, self.gated_cross_attn_layer, self.media = block, cross, None
 
     def forward(self, x, *args, **kwargs):
+        """(N, L, D) -> what the language model's own block returns."""
         x = self.gated_cross_attn_layer(x, *self.media) if self.gated_cross_attn_layer else x
         return self.decoder_layer(x, *args, **kwargs)
 
@@ -805,6 +818,7 @@ class Flamingo(Backbone):
     language_model = property(lambda self: self.model)
 
     def see(self, pixels):
+        """(N, 3, h, w) -> latents (N, 64, vit_width), for the gated cross-attention."""
         return self.perceiver(self.patches(pixels)[:, 1:])                             # (N, 64, vit_width)
 
     def look(self, ids, mask, tokens):
@@ -815,9 +829,11 @@ class Flamingo(Backbone):
         return self.lm(self.words(ids), mask)
 
     def layers(self):
+        """The blocks, in order of use."""
         return [*self.tower.encoder.layers, *self.blocks]
 
-    def parts(self):                                           # the gates and the perceiver always train
+    def parts(self):
+        """The modules that cfg.freeze names; the gates and the perceiver train always."""
         return super().parts() | {"language": nn.ModuleList(block.decoder_layer for block in self.blocks)}
 
 
@@ -864,6 +880,7 @@ class Head(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, features):
+        """Features (B, W, n, D) -> arm (B, W, K, A - 1) in [-1, 1], gripper logits (B, W, K)."""
         B, W, n, D = features.shape
         x = F.adaptive_max_pool1d(features.flatten(0, 1).transpose(1, 2), self.cfg.latent)  # (B W, D, latent)
         x = x.transpose(1, 2).reshape(B, W, -1)                                            # (B, W, latent D)
@@ -960,13 +977,21 @@ class DiffusionHead(nn.Module):
         return np.clip(x[..., :-1], -1, 1), x[..., -1] > 0.5
 
 
-def discrete_loss(logits, labels, tokens, dims=7):
-    """Next-word cross-entropy where labels are not -100. logits (B, N, vocab), labels (B, N) -> scalar, log
+def discrete_loss(hidden, labels, tokens, dims=7, head=nn.Identity(), vocab=0):
+    """Next-word cross-entropy where labels (B, N) are not -100 -> scalar, log. head(hidden (B, N, D)): logits
+    (B, N, vocab); where these are LARGE, only of the rows with a label, in pieces.
 
     Logged over action words only: accuracy of arm and gripper (each `dims`-th), L1 of the decoded actions.
     """
-    guess, want = logits[:, :-1].argmax(-1), labels[:, 1:]
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), want.flatten(), ignore_index=-100)
+    want = labels[:, 1:]
+    if labels.numel() * vocab <= common.LARGE:
+        logits = head(hidden)[:, :-1]
+        guess, loss = logits.argmax(-1), F.cross_entropy(logits.flatten(0, 1).float(), want.flatten())
+    else:
+        hidden, want = hidden[:, :-1][want != -100], want[want != -100]                # (n, D), (n,)
+        loss = word_loss(hidden, head, want, vocab)
+        with torch.no_grad():
+            guess = torch.cat([head(rows).argmax(-1) for rows in hidden.split(4096)])
     guess, want = (x[tokens.holds(want)].cpu() for x in (guess, want))                 # (number of words,)
     right, last = (guess == want).float(), torch.arange(len(want)) % dims == dims - 1
     gap = torch.as_tensor(np.abs(tokens.decode(guess) - tokens.decode(want))).mean()
@@ -999,6 +1024,9 @@ class Model(nn.Module):
         if cfg.head != "discrete" and cfg.reading == "query":
             self.action_token, self.unread = nn.Parameter(torch.zeros(cfg.llm_width)), ()
         self.set_trainable()
+        for module in self.backbone.modules():                 # CLIP's x sigmoid(1.702 x): x is enough
+            if isinstance(module, hf.activations.QuickGELUActivation):
+                module.forward = functools.partial(lean, module.forward)
         if cfg.head != "discrete" and hasattr(self.backbone.language_model, "lm_head"):
             self.backbone.language_model.lm_head.requires_grad_(False)     # carried along, read by nothing
 
@@ -1073,15 +1101,17 @@ class Model(nn.Module):
         N, text = hidden.shape[2], ids.shape[1] - bos - eos
         start, end = {"query": (N - eos - cfg.latent, N - eos), "text": (N - text - eos, N - eos),
                       "vision": (int(bos), N - text - eos), "all": (0, N)}[cfg.reading]
-        return hidden[:, :, start:end]
+        return hidden[:, :, start:end].contiguous()            # in training, the others need not live on
 
-    def forward(self, batch):
-        """images (B, W, V, h, w, 3) uint8, ids and mask (B, L) -> features or words' logits."""
+    def forward(self, batch, words=True):
+        """images (B, W, V, h, w, 3) uint8, ids and mask (B, L) -> features; the discrete head: logits
+        (B, N, vocab), or without `words` the hidden states (B, N, D) that become these."""
         with self.precision():
             tokens = self.look_at(batch["images"])
             if self.cfg.head != "discrete":
                 return self.think(tokens, batch["ids"], batch["mask"])
-            return self.backbone.logits(self.backbone.lm(*self.rows(tokens, batch["ids"], batch["mask"])))
+            hidden = self.backbone.lm(*self.rows(tokens, batch["ids"], batch["mask"]))
+            return self.backbone.logits(hidden) if words else hidden
 
     def loss(self, batch, noise=None, t=None):
         """-> (scalar, to log). batch: actions (B, W, K, A) normalized, loss_mask (B, W, K), or labels (B, L).
@@ -1090,10 +1120,12 @@ class Model(nn.Module):
         """
         cfg = self.cfg
         if cfg.head == "discrete":
-            logits, labels = self(batch), batch["labels"]
-            labels = F.pad(labels, (logits.shape[1] - labels.shape[1], 0), value=-100)
+            hidden, labels = self(batch, words=False), batch["labels"]
+            labels = F.pad(labels, (hidden.shape[1] - labels.shape[1], 0), value=-100)
             self.tokenizer = self.tokenizer or load_tokenizer(cfg)
-            return discrete_loss(logits, labels, ActionTokens.of(cfg, self.tokenizer), cfg.action_dim)
+            with self.precision():
+                return discrete_loss(hidden, labels, ActionTokens.of(cfg, self.tokenizer), cfg.action_dim,
+                                     self.backbone.logits, cfg.vocab)
         if batch["actions"].shape[2:] != (cfg.horizon, cfg.action_dim):
             raise ValueError(f"actions: chunks {tuple(batch['actions'].shape[2:])} came; (horizon, "
                              f"action_dim) is {(cfg.horizon, cfg.action_dim)}. Set these two, or fix data.")
@@ -1166,10 +1198,12 @@ class Model(nn.Module):
             actions[failed, :, :-1] = 0                        # deltas: no motion
         return actions.astype(np.float32), {"actions": actions, "parse_failed": failed}
 
-    def blocks(self):                                          # to shard, checkpoint or compile one by one
+    def blocks(self):
+        """The modules to shard, checkpoint or compile one by one."""
         return self.backbone.layers()
 
-    def param_groups(self, lr, weight_decay):                  # officially one group
+    def param_groups(self, lr, weight_decay):
+        """For AdamW: officially one group; with cfg.head_lr the head is one of its own."""
         groups = {lr: [], self.cfg.head_lr or lr: []}
         for name, p in self.named_parameters():
             if p.requires_grad:

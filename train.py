@@ -69,6 +69,7 @@ KEPT = [getattr(torch.ops.aten, name).default for name in (    # --checkpointing
 # ---- Flags ------------------------------------------------------------------------------------------------
 
 def flags():
+    """The command line, in four groups."""
     p = common.Parser(__doc__, prog="train.py")
     add = p.add_argument_group("what").add_argument
     add("--model", required=True, help=f"the method, a file of this folder: {', '.join(METHODS)}")
@@ -105,7 +106,8 @@ def flags():
     add("--official-mean", action="store_true",
         help="mean over processes and passes, not over all tokens: see Step (without weigh: always so)")
     add("--lora", type=within(0), default=0, metavar="R",
-        help="train rank-R adapters of the language model, not its weights; all else as usual; saved merged")
+        help="train rank-R adapters of the language model, whose own weights freeze (in bf16, if that is the "
+             "arithmetic); all else as usual; saved merged")
     add("--compile", action="store_true", help="torch.compile, block by block")
 
     add = p.add_argument_group("output").add_argument
@@ -250,9 +252,11 @@ class Step(nn.Module):
         self.model = model
 
     def forward(self, batch):
+        """A batch -> (loss, to log), as the method's `loss`."""
         return self.model.loss(batch)
 
     def act(self, observations, unnorm_key):
+        """Observations -> (chunks, info), as the method's `act`; FSDP gathers weights for it."""
         return self.model.act(observations, unnorm_key)
 
 
@@ -262,8 +266,9 @@ def first_weights(args, cfg):
     return args.init or (str(own) if own.is_file() else getattr(cfg, "init", "") or "none")
 
 
-def build(module, cfg, args, tokenizer, stats, attn, found):
-    """The model with its first weights: --init, the checkpoint `found`, or from scratch. CPU, float32."""
+def build(module, cfg, args, tokenizer, stats, attn, found, bf16):
+    """The model with its first weights: --init, the checkpoint `found`, or from scratch. CPU, float32, but
+    what --lora freezes in bf16 if that is the arithmetic."""
     init = first_weights(args, cfg)
     if (found and not args.lora) or init == "none" or init.endswith(".safetensors"):
         model = module.Model(cfg, tokenizer, stats, attn)
@@ -285,7 +290,7 @@ def build(module, cfg, args, tokenizer, stats, attn, found):
         model.origin = {"started from": Path(init).name}
     model.preset = "custom" if any(item.startswith("config=") for item in args.set) else args.preset
     if args.lora:
-        add_lora(model, args.lora)
+        add_lora(model, args.lora, low=bf16)
     return model
 
 
@@ -310,8 +315,11 @@ def load_part(model, path, option):
                         for name in own if name not in part})
 
 
-def add_lora(model, rank):
-    """Adapters on every linear layer that trains in what comes from transformers; its own weights freeze."""
+def add_lora(model, rank, low=False):
+    """Adapters on every linear layer that trains in what comes from transformers; its own weights freeze.
+
+    low: they are kept in bf16, which is what autocast multiplies with in any case; the adapters in float32.
+    """
     if importlib.util.find_spec("peft") is None:
         raise ValueError("--lora needs peft: pip install peft.")
     from peft import LoraConfig, inject_adapter_in_model
@@ -321,6 +329,15 @@ def add_lora(model, rank):
         raise ValueError("--lora: this method holds no model of transformers.")
     linear = [n for n, m in backbone.named_modules() if isinstance(m, nn.Linear) and m.weight.requires_grad]
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear), backbone)
+    for base in [m.base_layer for m in backbone.modules() if low and hasattr(m, "get_delta_weight")]:
+        base.weight.data = base.weight.data.bfloat16()
+        base.forward = functools.partial(low_linear, base)
+
+
+def low_linear(linear, x):
+    """x times bf16 weights: in bf16 under autocast, else (a method's act) in the type of x."""
+    weight = linear.weight if torch.is_autocast_enabled(x.device.type) else linear.weight.to(x.dtype)
+    return nn.functional.linear(x, weight, linear.bias)
 
 
 def merge_lora(state):
@@ -417,6 +434,7 @@ def open_data(args, cfg, predicts):
 
 
 def with_name(prepare, sample, key):
+    """A sample -> (its dataset's name, prepared)."""
     return sample["dataset"], prepare(sample, key=key)
 
 
@@ -668,6 +686,7 @@ def memory_used(device):
 
 
 def memory_free(device):
+    """Bytes that are free on the device; of a CPU those of the machine."""
     if device.type not in ("cpu", "mps"):
         return torch.accelerator.get_memory_info(device)[0]
     pages = "SC_AVPHYS_PAGES" if sys.platform == "linux" else "SC_PHYS_PAGES"
@@ -714,6 +733,7 @@ class Log:
             self.run.log(row, step=step)
 
     def close(self):
+        """Finish all files."""
         self.file.close()
         if self.board:
             self.board.close()
@@ -743,10 +763,9 @@ def stop_if_not_finite(first_bad, names, args, rank, world):
 
 def memory_needed(model, args, cfg, world):
     """{what: bytes of a process}, all that training keeps but activations."""
-    total, trainable = (sum(p.numel() for p in model.parameters() if p.requires_grad or not only) / (
+    weights, trained = (sum(p.nbytes for p in model.parameters() if p.requires_grad or not only) / (
         world if args.shard else 1) for only in (False, True))
-    return {"weights": 4 * total, "gradients": 4 * trainable, "AdamW": 8 * trainable,
-            "EMA": 4 * trainable * (cfg.ema > 0)}
+    return {"weights": weights, "gradients": trained, "AdamW": 2 * trained, "EMA": trained * (cfg.ema > 0)}
 
 
 def check_memory(needed, free, args, device):
@@ -805,11 +824,13 @@ def closed_loop(args, module, attn, device):
 # ---- The run ----------------------------------------------------------------------------------------------
 
 def main(argv=None):
+    """The command line."""
     with contextlib.ExitStack() as cleanup:                    # bar, log, signals: closed however a run ends
         run(cleanup, *parse(argv))
 
 
 def run(cleanup, args, module, cfg, found):
+    """A training run, from flags to the last checkpoint and its evaluation."""
     begin = time.time()
 
     # ---- processes, device, arithmetic
@@ -850,7 +871,7 @@ def run(cleanup, args, module, cfg, found):
     if hasattr(module, "fit") and not found:
         module.fit(cfg, tokenizer, train, stats)
     common.seed_everything(cfg.seed)                           # the same first weights on every rank
-    model = build(module, cfg, args, tokenizer, stats, attn, found)
+    model = build(module, cfg, args, tokenizer, stats, attn, found, bf16)
     needed = memory_needed(model, args, cfg, world)
     check_memory(needed, memory_free(device), args, device)
     wrapped = wrap(model, args, device, dtype, world).train()
@@ -933,12 +954,15 @@ def run(cleanup, args, module, cfg, found):
                 wrapped.set_requires_gradient_sync(last)
             elif world > 1:
                 wrapped.require_backward_grad_sync = last      # as DDP's no_sync() does
-            counter = contextlib.nullcontext() if flops else FlopCounterMode(display=False)
-            with precision(), counter:
+            plain = contextlib.nullcontext()
+            counter, kernels = (plain, plain) if flops else (FlopCounterMode(display=False), common.Kernels())
+            with precision(), counter, kernels:
                 loss, logs = wrapped(to_device(batch, device))
             share = weights[i] / everything
             (loss * share * world).backward()
-            flops = flops or counter.get_total_flops()         # of one forward pass, counted once
+            if not flops:
+                flops = counter.get_total_flops()              # of one forward pass
+                bar.write(f"attention was computed by: {kernels}") if rank == 0 else None
             for name, value in ({"loss": loss.detach()} | logs).items():
                 sums[name] = sums.get(name, 0) + value.float() * share
 

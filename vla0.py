@@ -44,7 +44,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (Qwen2_5_VLT
 
 from common import (ArrayUnpickler, ChunkEnsemble, check_config, check_fit, check_observation, choose, cli,
                     hash64, hf_attention, keyed_generator, load_config, load_weights, pick_attention,
-                    pick_stats, read_json, resolve, save_folder, tiny_tokenizer, write_json)
+                    pick_stats, read_json, resolve, save_folder, tiny_tokenizer, word_loss, write_json)
 from common import device as pick_device
 
 # ---- Config ---------------------------------------------------------------------------------------------
@@ -596,6 +596,7 @@ class Reader:
         self.memory = [p.data_ptr() for p in model.parameters()]
 
     def fuse(self, *parts):
+        """Weights (n, D) stacked along n; with `alias` they become views of that."""
         whole = torch.cat([p.detach() for p in parts])
         if self.alias:
             for p, view in zip(parts, whole.split([len(p) for p in parts])):
@@ -674,7 +675,7 @@ class Writer:
         self.limit = min(cfg.max_new_tokens, whole) if cfg.grammar else cfg.max_new_tokens
         longest = min(self.limit, max([len(d) for d in drafts if d], default=0))
         self.window = cfg.window or (longest + cfg.digits if longest else 1 + cfg.grammar)
-        self.looks = looks or (1 if self.window > 2 else 16)
+        self.looks = looks or (1 if self.window > 2 or device.type == "cpu" else 16)
         size = 1 + self.limit + self.window
         text = torch.full((B, size), SPACE)
         for row, draft in zip(text, drafts):
@@ -847,8 +848,8 @@ class Model(nn.Module):
         Over processes, each token weighs the same (`weigh`); officially each process does: --official-mean.
         """
         hidden = self(batch).flatten(0, 1)[batch["rows"]]                           # (n, D)
-        logits = F.linear(hidden, self.model.embed_tokens.weight).float()           # (n, N); the head is tied
-        loss = F.cross_entropy(logits, batch["targets"])
+        head = functools.partial(F.linear, weight=self.model.embed_tokens.weight)   # tied, (n, N)
+        loss = word_loss(hidden, head, batch["targets"], self.cfg.vocab)
         return loss, {"loss": loss.detach(), "clamped": batch["clamped"].float().mean()}
 
     @contextmanager

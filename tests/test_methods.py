@@ -7,7 +7,9 @@ import inspect
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
+import common
 import numpy as np
 import pytest
 import torch
@@ -135,6 +137,32 @@ def test_attention_kinds_agree(method):
     np.testing.assert_allclose(act(model, rows), act(eager, rows), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or common.pick_attention("auto", "cuda") != "flash",
+                    reason="needs CUDA and flash-attn")
+@torch.no_grad()
+def test_flash_and_sdpa_and_eager_agree_on_cuda(method):
+    losses, device = {}, torch.device("cuda")
+    for kind in ("flash", "sdpa", "eager"):
+        model = make(method, attn=kind).to(device)
+        batch = train.to_device(batch_of(method, model, samples(model.cfg, 3)), device)
+        with torch.autocast("cuda", torch.bfloat16), common.Kernels() as kernels:
+            losses[kind] = model.loss(batch)[0].item()
+        assert kind != "sdpa" or "scaled_dot_product" in str(kernels), kernels
+    assert max(losses.values()) - min(losses.values()) <= 2e-2 * losses["eager"], losses
+
+
+def test_what_runs_is_told(method):
+    kernels = {}
+    for kind in ("sdpa", "eager"):
+        model = make(method, attn=kind)
+        with torch.no_grad(), common.Kernels() as kernels[kind]:
+            model.loss(batch_of(method, model, samples(model.cfg, 2)))
+    assert "scaled_dot_product_flash_attention_for_cpu" in str(kernels["sdpa"])
+    frozen = method.__name__ == "a0"                           # its encoders take SDPA in any case
+    assert str(kernels["eager"]) == "matrix products" or frozen
+
+
 def test_what_is_given_to_the_optimizer_is_what_gets_a_gradient(method):
     model = make(method).train()
     model.loss(batch_of(method, model, samples(model.cfg, 3)))[0].backward()
@@ -142,6 +170,49 @@ def test_what_is_given_to_the_optimizer_is_what_gets_a_gradient(method):
     assert {n for n, p in model.named_parameters() if p.grad is not None} == trained
     groups = model.param_groups(1e-3, 0.5)
     assert sum(len(g["params"]) for g in groups) == len(trained) and groups[0]["lr"] == 1e-3
+
+
+def backward(method, model, kept, **precision):
+    """Log and gradients of three samples; what is kept for the backward pass goes to the list `kept`."""
+    with (torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x),
+          torch.autocast("cpu", torch.bfloat16, **precision)):
+        loss, log = model.loss(batch_of(method, model, samples(model.cfg, 3)))
+    loss.backward()
+    return log | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+ONE_STEP = {head: {"formulation": "one_step", "head": head} for head in ("mlp", "discrete")}
+
+
+@pytest.mark.parametrize("name, changes, bf16, kind", [
+    *(pytest.param(name, changes, bf16, None, marks=[pytest.mark.long] * bf16)
+      for bf16 in (False, True) for name, changes in (
+          ("a0", {}), ("robovlms", ONE_STEP["mlp"]), ("robovlms", ONE_STEP["discrete"]), ("vla0", {}),
+          ("robobrain_x0", {}))),
+    ("a0", {}, False, "selective"), ("vla0", {}, False, "full")], ids=str)
+def test_large_tensors_are_computed_again_and_no_number_changes(monkeypatch, name, changes, bf16, kind):
+    """common.lean to the bit, common.word_loss up to the order of a sum; no whole logits are kept."""
+    method, seen = importlib.import_module(name), {}
+    for large in (2**26, 2**14):                               # a piece: 32 words of 512
+        monkeypatch.setattr(common, "LARGE", large)
+        model, kept = make(method, **changes).train(), []
+        train.wrap(model, SimpleNamespace(checkpointing=kind, compile=False, shard=False),
+                   torch.device("cpu"), torch.float32, 1)
+        seen[large] = backward(method, model, kept, enabled=bf16)
+        seen[large, "kept"] = {x.untyped_storage().data_ptr(): x for x in kept}
+    a, b = (seen[large] for large in (2**26, 2**14))
+    assert a.keys() == b.keys() and len(a) > 10
+    words = name != "a0" and changes is not ONE_STEP["mlp"]
+    assert words or all(torch.equal(b[key], x) for key, x in a.items())
+    all_a, all_b = (torch.cat([x.detach().flatten() for x in of.values()]) for of in (a, b))
+    bound = 2e-2 if bf16 else 1e-6
+    assert (all_b - all_a).norm() <= bound * all_a.norm() and abs(a["loss"] - b["loss"]) <= bound * a["loss"]
+    size = {n: sum(x.untyped_storage().nbytes() for x in seen[n, "kept"].values()) for n in (2**26, 2**14)}
+    assert size[2**14] < size[2**26] or kind == "selective"      # that has computed them again before
+    if words:
+        vocab = model.cfg.vocab
+        logits = [x for x in seen[2**14, "kept"].values() if x.ndim == 2 and x.shape[1] == vocab]
+        assert not logits and any(x.shape[-1:] == (vocab,) for x in seen[2**26, "kept"].values())
 
 
 def test_key_fixes_every_draw_of_a_sample_and_without_training_none_is_made(method):
@@ -175,6 +246,33 @@ def test_adapters_count_when_acting(method):
     merged.load_state_dict(train.merge_lora(model.state_dict()))
     np.testing.assert_allclose(act(model, rows), act(merged, rows), rtol=1e-3, atol=1e-4)
     assert not np.allclose(act(model, rows), before, atol=1e-3)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft: pip install peft")
+def test_frozen_weights_in_bf16_train_as_autocast_has_them(method):
+    """To the bit, in less memory; act(), without autocast, takes them for what they are."""
+    found, changes = {}, ONE_STEP["mlp"] if method.__name__ == "robovlms" else {}
+    for low in (False, True):
+        model = make(method, **changes).train()
+        try:
+            train.add_lora(model, 4, low)
+        except ValueError:                                     # it holds no model of transformers
+            return
+        torch.manual_seed(5)
+        for name, p in model.named_parameters():
+            p.requires_grad and "lora_B" in name and torch.nn.init.normal_(p, std=0.1)
+        needed = train.memory_needed(model, SimpleNamespace(shard=False), SimpleNamespace(ema=0), 1)
+        found[low] = backward(method, model, [], enabled=True), needed, model
+    (a, full, _), (b, less, model) = found[False], found[True]
+    frozen = [p for p in model.parameters() if p.dtype == torch.bfloat16]
+    assert frozen and not any(p.requires_grad for p in frozen)
+    assert {x.dtype for x in b.values()} == {torch.float32}
+    assert full.pop("weights") - less.pop("weights") == sum(p.nbytes for p in frozen) and full == less
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+    merged, rows, state = make(method, **changes), samples(model.cfg, 2), train.merge_lora(model.state_dict())
+    assert state.keys() == merged.state_dict().keys() and {x.dtype for x in state.values()} == {torch.float32}
+    merged.load_state_dict(state)
+    np.testing.assert_allclose(act(model.eval(), rows), act(merged, rows), rtol=1e-3, atol=1e-4)
 
 
 # ---- Acting -----------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ exit code, streams, signals and limits; with world=2, two processes that find ea
 """
 import atexit
 import functools
+import gc
 import importlib
 import json
 import os
@@ -156,5 +157,6 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     for name in ("train", "cogact", "vla0"):
         importlib.import_module(name)
+    gc.collect(), gc.freeze()                                  # a child's collection copies none of it
     for line in sys.stdin:
         print(json.dumps(one(json.loads(line))), flush=True)

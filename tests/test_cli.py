@@ -210,7 +210,7 @@ def test_nothing_is_saved_after_a_loss_that_is_not_finite(train, tmp_path):
 def test_train_and_evaluate_the_default_at_small_size(tmp_path):
     """The default run from its first line to its last on a few episodes; then with a torn shard."""
     command = ("train.py --model cogact --cache data --data-episodes 4 --steps 4 --val-every 2 --batch 8 "
-               "--val-samples 8 --eval-episodes 3")
+               "--val-samples 8 --eval-episodes 1")
     done = forks.shared()(command, cwd=tmp_path)
     assert done.rc == 0, done.err
     for text in ("data tabletop", "step 4/4 | loss", "validation loss", "pick", "film.gif",

@@ -136,10 +136,10 @@ def test_counts_on_meta_equal_those_of_a_real_run(run, method):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method, acting, training, tokens, moved, parameters", [
-    ("vla0", 3.16e12, 10.0e12, (225, 224), 1247e9, 3_754_622_976),
+    pytest.param("vla0", 3.16e12, 10.0e12, (225, 224), 1247e9, 3_754_622_976, marks=pytest.mark.long),
     ("cogact", 4.12e12, 12.3e12, (281, None), None, 7_630_224_071),
     ("robovlms", 0.39e12, 2 * 9.35e12, (90, None), None, 1_664_485_376 + 41_210_950),      # 16 frames, not 8
-    ("robobrain_x0", 4.9e12, 15.3e12, (500, 100), None, 3_754_622_976),
+    pytest.param("robobrain_x0", 4.9e12, 15.3e12, (500, 100), None, 3_754_622_976, marks=pytest.mark.long),
     ("a0", 1.75e12, 2.46e12, (1478, None), 11.7e9, 1_215_673_346)], ids=str)
 def test_official_counts_are_those_of_performance_md(
         monkeypatch, method, acting, training, tokens, moved, parameters):

@@ -2783,13 +2783,15 @@ class _Done:
     def results(self, out, control):
         """Those of a finished evaluation; None: it is to be played."""
         from common import read_json
-        path = Path(out, self.kept["done"].get(f"{out} {control}", ""))
-        return read_json(path) if path.is_file() else None
+        name, written = self.kept["done"].get(f"{out} {control}", ("", 0))
+        path = Path(out, name)                                        # (another run may have written there)
+        return read_json(path) if path.is_file() and path.stat().st_mtime_ns == written else None
 
     def add(self, out, control, results):
         """One evaluation is finished."""
         from common import write_json
-        self.kept["done"][f"{out} {control}"] = f"results{_tail(results)}.json"
+        path = Path(out, f"results{_tail(results)}.json")
+        self.kept["done"][f"{out} {control}"] = [path.name, path.stat().st_mtime_ns]
         if self.kept["about"]:
             write_json(self.path, self.kept)
 
@@ -2865,7 +2867,8 @@ def main(argv=None):
             found[f"{ckpt} {control}".strip()] = results
     if len(outs) > 1:
         print_comparison(found)
-    done.path.unlink(missing_ok=True)                                 # the next series is a new one
+    if done.kept["about"]:
+        done.path.unlink(missing_ok=True)                             # the next series is a new one
     print(f"results and film in {', '.join(map(str, outs))}"
           + f", the recording in {a.record}" * bool(a.record))
 

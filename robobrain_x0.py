@@ -1286,6 +1286,8 @@ class Reader:
                 layer.post_attention_layernorm.weight,
                 self.fuse(effective(m.gate_proj), effective(m.up_proj)), effective(m.down_proj)))
         self.norm, self.embedding = model.norm.weight, model.embed_tokens.weight
+        if not alias:                                          # under bf16 FSDP hands out blocks of that type
+            self.layers = [[w.to(self.embedding.dtype) for w in layer] for layer in self.layers]
         device = self.embedding.device
         self.legal = torch.tensor(cfg.legal, device=device)
         i = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device)

@@ -760,6 +760,18 @@ def test_several_checkpoints_one_table_one_json_each_and_interrupted_they_go_on(
     assert len(found) == 2 and not list(tmp_path.rglob(".series.json"))
     eval_sim.main(argv)                                                # all was finished: begun anew
     assert len(calls) == 5
+
+
+def test_a_series_plays_again_what_another_run_has_overwritten(checkpoints, tmp_path):
+    calls, watched = checkpoints
+    argv = "--ckpt a b --sim maniskill --tasks PickCube-v1 --episodes 2 --batch 2".split()
+    watched.kill = 2
+    with pytest.raises(KeyboardInterrupt):
+        eval_sim.main(argv)
+    watched.kill, results = None, tmp_path / "a/eval/results-maniskill.json"
+    results.write_bytes(results.read_bytes())
+    eval_sim.main(argv)
+    assert len(calls) == 4                                             # a, b killed, a, b
     eval_sim.main([*argv, "--out", "out"])
     assert len([*(tmp_path / "out").glob("[ab]/results-maniskill.json")]) == 2
 

@@ -181,6 +181,19 @@ def backward(method, model, kept, **precision):
     return log | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("name", ["vla0", "robobrain_x0"])
+def test_acting_reads_bf16_blocks_beside_a_float32_embedding(name):
+    """So FSDP hands them out under --shard --dtype bf16, when a validation acts."""
+    method = importlib.import_module(name)
+    model = make(method)
+    model.model.layers.to(torch.bfloat16)
+    reader, (B, K) = method.Reader(model.cfg, model.model, alias=False), (2, 3)
+    slots = torch.arange(K).expand(B, K)
+    with torch.no_grad():
+        out = reader(torch.ones(B, K, model.cfg.llm_width), slots.expand(3, B, K), slots, reader.new_cache(B, 8))
+    assert out.dtype == torch.float32 and out.isfinite().all()
+
+
 ONE_STEP = {head: {"formulation": "one_step", "head": head} for head in ("mlp", "discrete")}
 
 

@@ -956,7 +956,9 @@ def run(cleanup, args, module, cfg, found):
                 wrapped.require_backward_grad_sync = last      # as DDP's no_sync() does
             plain = contextlib.nullcontext()
             counter, kernels = (plain, plain) if flops else (FlopCounterMode(display=False), common.Kernels())
-            with precision(), counter, kernels:
+            # what is compiled while a mode looks on is skipped for good: the pass that is counted stays eager
+            eager = torch.compiler.set_stance("force_eager") if args.compile and not flops else plain
+            with precision(), counter, kernels, eager:
                 loss, logs = wrapped(to_device(batch, device))
             share = weights[i] / everything
             (loss * share * world).backward()

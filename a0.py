@@ -52,6 +52,7 @@ from common import device as pick_device
 
 @dataclass
 class Config:
+    """Sizes, the sampler, the data's form and the recipe of one model; a preset is one of these."""
     # what goes in and out
     views: tuple = ("current",)       # the one camera, by its name in the sample
     image_size: int = 384             # side of the square picture that SigLIP sees [pixels]
@@ -336,7 +337,8 @@ class Norm(nn.Module):
         super().__init__()
         self.weight, self.kind = nn.Parameter(torch.ones(width)), kind
 
-    def forward(self, x):                                          # (..., D) -> (..., D)
+    def forward(self, x):
+        """(..., D) -> (..., D)."""
         # FAITHFUL: timm 1.0.3 calls this RmsNorm, but divides by the standard deviation (mean subtracted,
         # n - 1; x itself is not centred). The released weights were trained with it; newer timm (and apex,
         # where installed) has the true one, "rms". Test: test_a0.py::test_norm_is_timms_variance_form
@@ -606,6 +608,7 @@ class Model(nn.Module):
         return torch.stack([known[k].to(self.device) for k in keys])
 
     def encode(self, images):
+        """uint8 pictures (N, h, w, 3) -> SigLIP's features (N, P, W)."""
         siglip = self.encoder(self.siglip, SiglipVisionModel, self.cfg.vision)
         pixels = images.to(self.device).permute(0, 3, 1, 2).float() / 255              # (N, 3, h, w)
         return siglip(((pixels - 0.5) / 0.5).to(siglip.dtype)).last_hidden_state
@@ -1214,6 +1217,7 @@ def demo():
 
 
 def main():
+    """The command line: the demo, points in one picture, or the official metrics."""
     p = Parser("A0: tiny demo, points in one picture, or the official metrics.")
     p.add_argument("--image", type=Path, help="a picture: draws NAME_points.png, writes NAME.json beside it")
     p.add_argument("--instruction", help="with --image: what to do, in words")

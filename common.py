@@ -440,9 +440,11 @@ class UniformBins:
         self.centers = (self.edges[:-1] + self.edges[1:]) / 2
 
     def encode(self, x):
+        """Numbers -> bins 1 .. n, of the same shape; what lies outside counts as the edge."""
         return np.digitize(np.clip(x, self.edges[0], self.edges[-1]), self.edges)
 
     def decode(self, bins):
+        """Bins -> the centres of their intervals, of the same shape; a bin that is none: the nearest."""
         return self.centers[np.clip(np.asarray(bins) - 1, 0, len(self.centers) - 1)]
 
 
@@ -474,6 +476,7 @@ class ChunkEnsemble:
         self.weights, self.chunks, self.execute = weights, deque(maxlen=horizon), execute
 
     def reset(self):
+        """Forget all chunks: a new episode."""
         self.chunks.clear()
 
     def push(self, chunk):
@@ -563,6 +566,7 @@ def atomic_folder(path):
 
 
 def write_json(path, value):
+    """Write a value as JSON, whole or not at all."""
     atomic_write(path, lambda part: part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
 
 
@@ -628,6 +632,7 @@ class ArrayUnpickler(pickle.Unpickler):
                  ("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer")))}
 
     def find_class(self, module, name):
+        """What an array is made of; anything else that a pickle names is a ValueError."""
         if (module, name) not in self.KNOWN:
             raise ValueError(f"it names {module}.{name}, which arrays have no use for")
         return super().find_class(module, name)
@@ -709,9 +714,11 @@ class Parser(argparse.ArgumentParser):
                          allow_abbrev=False, **how)
 
     def error(self, message):
+        """A flag that cannot be read is a ValueError, as any other mistake."""
         raise ValueError(f"{message} (python {self.prog} --help lists the flags)")
 
     def parse_args(self, args=None, namespace=None):
+        """As argparse's; a flag without its value, and the device "meta", are a ValueError."""
         args = sys.argv[1:] if args is None else list(args)
         for before, text in zip(["", *args], args):            # torch's device "meta" computes nothing
             if re.search(r"(^|=)(--[a-z-]+=\s*|--device=meta)$", f"{before}={text}"):

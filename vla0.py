@@ -56,6 +56,7 @@ SYSTEM = ("Analyze the input image and predict robot actions for the next {H} ti
 
 @dataclass
 class Config:
+    """Sizes, the text's form, decoding and the recipe of one model; a preset is one of these."""
     # what goes in and out
     views: tuple = ("third", "wrist")  # cameras, in order (official: agentview, wrist)
     tile: bool = True                 # side by side in one picture; False: one picture per camera
@@ -283,6 +284,7 @@ def load_tokenizer(cfg, folder=None):
 
 
 def system_message(cfg):
+    """The text that stands before every instruction: how many integers, of which range."""
     H, D = cfg.horizon, cfg.action_dim
     return cfg.system.format(H=H, D=D, HD=H * D, bins=cfg.num_bins)
 
@@ -351,6 +353,7 @@ def grayscale(x):
 
 
 def blend(x, other, factor):
+    """Between two pictures in [0, 1]: factor 1 is x, 0 is the other, more goes beyond x (as torchvision)."""
     return (factor * x + (1.0 - factor) * other).clamp(0, 1)
 
 
@@ -824,6 +827,7 @@ class Model(nn.Module):
 
     @property
     def device(self):
+        """Where the weights are."""
         return self.model.norm.weight.device
 
     def embed(self, batch):
@@ -879,6 +883,7 @@ class Model(nn.Module):
 
     @torch.no_grad()                   # as a decorator, it is off again whenever the caller has its turn
     def turns(self, observations, cfg, seed, looks):
+        """Yield the Writer after every `looks` passes, as `act` reads it; see there for the rest."""
         self.tokenizer = self.tokenizer or load_tokenizer(cfg)
         keep = ("images", "instruction", "state")
         seen = [{name: o[name] for name in keep if name in o} for o in observations]
@@ -1256,6 +1261,7 @@ def demo():
 
 
 def main():
+    """The command line: the demo, or --stats."""
     parser = argparse.ArgumentParser(description="VLA-0: tiny demo, or official statistics as JSON.")
     parser.add_argument("--stats", nargs=2, metavar=("PKL", "OUT"), help="write dataset_stats.pkl as JSON")
     stats = parser.parse_args().stats

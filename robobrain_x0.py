@@ -469,6 +469,7 @@ def denormalize(x, stats):
 
 # ---- Actions as codes: FAST+ ------------------------------------------------------------------------------
 
+@functools.cache
 def dct_matrix(T):
     """(T, T): its product with (T, D) is the orthonormal DCT-II along time, its transpose the inverse."""
     k, t = np.arange(T)[:, None], np.arange(T)
@@ -908,6 +909,13 @@ def parse_ability(ability, answer):
     return np.array(found, np.int64).reshape(-1, re.compile(pattern).groups)
 
 
+# twin: vla0.text_ids
+@functools.lru_cache(4096)             # most of a prompt is the same in every sample
+def text_ids(tokenizer, text):
+    """A piece of text -> its ids, a tuple; no special tokens are added."""
+    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+
+
 class Words:
     """The two tokenizers: of text (a transformers one), and of actions (Fast or OmniSAT)."""
 
@@ -916,7 +924,7 @@ class Words:
 
     def encode(self, text):
         """A text -> its ids, without <s> or the like."""
-        return self.text(text, add_special_tokens=False).input_ids
+        return list(text_ids(self.text, text))
 
     def decode(self, ids):
         """Ids -> their text, special tokens left out."""

@@ -300,6 +300,12 @@ def build_prompt(instruction, cfg, answer=None):
     return text if answer is None else f"{text}{answer}<|im_end|>\n"
 
 
+@functools.lru_cache(4096)             # most of a prompt is the same in every sample
+def text_ids(tokenizer, text):
+    """A piece of text -> its ids, a tuple; no special tokens are added."""
+    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+
+
 def encode_prompt(text, cfg, tokenizer, image_tokens):
     """Chat text -> list of ids; every picture's placeholder is repeated `image_tokens` times."""
     ids = []
@@ -307,7 +313,7 @@ def encode_prompt(text, cfg, tokenizer, image_tokens):
         if piece in SPECIAL:
             ids += [getattr(cfg, SPECIAL[piece])] * (image_tokens if piece == "<|image_pad|>" else 1)
         elif piece:
-            ids += tokenizer(piece, add_special_tokens=False).input_ids
+            ids += text_ids(tokenizer, piece)
     return ids
 
 
@@ -390,10 +396,11 @@ def draw_jitter(cfg, generator=None):
 
 
 def crop_views(images, cfg, generator=None, train=False):
-    """Cameras' pictures, uint8 (h, w, 3) each -> float32 (V, 3, s, s) in 0..255 (image_size 0: h x w)."""
+    """Cameras' pictures, uint8 (h, w, 3) each -> (V, 3, s, s) in 0..255 (image_size 0: h x w), float32 if
+    one of them had to be resized, else uint8."""
     out = []
     for image in images:
-        x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float()  # (3, h, w)
+        x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)          # (3, h, w)
         _, h, w = x.shape
         ch, cw = int(h * cfg.crop), int(w * cfg.crop)
         if train:                                                                  # per camera, top then left
@@ -405,13 +412,14 @@ def crop_views(images, cfg, generator=None, train=False):
         if tuple(x.shape[1:]) != size:
             threads = torch.get_num_threads()
             torch.set_num_threads(1)       # else grey levels depend on how many threads share it
-            x = F.interpolate(x[None], size, mode="bilinear", align_corners=False)[0]
+            x = F.interpolate(x[None].float(), size, mode="bilinear", align_corners=False)[0]
             torch.set_num_threads(threads)
         out.append(x)
     if len({x.shape for x in out}) > 1:
         raise ValueError(f"cameras of sizes {[tuple(x.shape[1:]) for x in out]}: set image_size to bring "
                          "them to one.")
-    return torch.stack(out)                                                         # (V, 3, s, s)
+    resized = any(x.is_floating_point() for x in out)
+    return torch.stack([x.float() if resized else x for x in out])                  # (V, 3, s, s)
 
 
 def smart_resize(h, w, factor, pixels):

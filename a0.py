@@ -42,9 +42,9 @@ from tqdm import tqdm
 from transformers import (PreTrainedTokenizerFast, Qwen2Config, Qwen2Model, SiglipVisionConfig,
                           SiglipVisionModel)
 
-from common import (Parser, atomic_write, attention, check_config, check_fit, check_observation, choose, cli,
-                    hash64, keyed_generator, keyed_rng, lean, load_config, load_weights, pick_attention,
-                    read_json, resolve, save_folder, tiny_tokenizer, write_json)
+from common import (Graphs, Parser, atomic_write, attention, check_config, check_fit, check_observation,
+                    choose, cli, hash64, keyed_generator, keyed_rng, lean, load_config, load_weights,
+                    pick_attention, read_json, resolve, save_folder, tiny_tokenizer, write_json)
 from common import device as pick_device
 
 
@@ -545,6 +545,7 @@ class Model(nn.Module):
     """A0. `model` (the denoiser) and the three adaptors carry the official names, and are all that trains.
     preset, origin: for the record in saved checkpoints; fresh: parameters that a checkpoint did not hold."""
     resized = ("model.x_pos_embed", "model.img_cond_pos_embed")    # by horizon and history, 1 in pre-training
+    graphs = Graphs()                  # off; Graphs(common.captured): act() with CUDA graphs
 
     def __init__(self, cfg, tokenizer=None, stats=None, attn="auto"):
         super().__init__()
@@ -599,10 +600,12 @@ class Model(nn.Module):
         seen (the reference frame, the grey one) is not encoded again. On a CPU equal pictures are encoded
         once in any case: half of a batch may be grey."""
         if not keep and images.device.type != "cpu":
-            return self.encode(images)
+            return self.graphs(self.encode, images, key="encode")
         keys, known = [hash(image.numpy().tobytes()) for image in images], self.pictures if keep else {}
         new = {k: image for k, image in zip(keys, images) if k not in known}
-        known = known | (dict(zip(new, self.encode(torch.stack([*new.values()])))) if new else {})
+        if new:
+            pictures = torch.stack([*new.values()]).to(self.device)
+            known = known | dict(zip(new, self.graphs(self.encode, pictures, key="encode")))
         if keep:
             self.pictures = {k: known[k] for k in keys}
         return torch.stack([known[k].to(self.device) for k in keys])
@@ -688,6 +691,10 @@ class Model(nn.Module):
 
     def sample(self, features, noise):
         """features as from forward, noise (B, T, 2) float32 -> points (B, T, 2), not clipped."""
+        return self.graphs(self.solve, noise, *features, key="solve")
+
+    def solve(self, noise, *features):
+        """As `sample`: what a CUDA graph holds."""
         times, _, rows = sampler_table(self.cfg.num_train_steps, self.cfg.sample_steps)
         with self.precision():
             conditions, x, m = self.adapt(features), noise, None

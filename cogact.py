@@ -38,10 +38,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from common import (ChunkEnsemble, Parser, adaptive_weights, atomic_write, attention, check_config, check_fit,
-                    check_observation, choose, cli, hf_attention, keyed_generator, keyed_rng, load_config,
-                    load_weights, normalize, pick_attention, pick_stats, read_json, resolve, save_folder,
-                    tiny_tokenizer, unnormalize, write_json)
+from common import (ChunkEnsemble, Graphs, Parser, adaptive_weights, atomic_write, attention, check_config,
+                    check_fit, check_observation, choose, cli, hf_attention, keyed_generator, keyed_rng,
+                    load_config, load_weights, normalize, pick_attention, pick_stats, read_json, resolve,
+                    save_folder, tiny_tokenizer, unnormalize, write_json)
 from common import device as pick_device
 
 
@@ -885,6 +885,7 @@ class Model(nn.Module):
 
     preset, origin: for the record in saved checkpoints; fresh: modules that a checkpoint did not hold.
     """
+    graphs = Graphs()                  # off; Graphs(common.captured): act() with CUDA graphs
 
     def __init__(self, cfg, tokenizer=None, stats=None, attn="auto"):
         super().__init__()
@@ -968,6 +969,20 @@ class Model(nn.Module):
         return loss, {"loss": loss.detach()}
 
     @torch.no_grad()
+    def decide(self, batch, noise, steps=None, cfg_scale=None):
+        """A batch as for forward, noise (B, T, A), all on the device -> (B, T, A), normalized, unclipped."""
+        cfg = self.cfg
+        steps = cfg.sample_steps if steps is None and cfg.sampler == "ddim" else steps
+        how = steps, cfg.cfg_scale if cfg_scale is None else cfg_scale, cfg.sampler
+
+        def work(noise, *tensors):
+            z = self(dict(zip(batch, tensors)))                                        # (B, 1, D)
+            # DiT and sampler run in float32, whatever the VLM ran in, whatever autocast is on around us
+            with torch.autocast(self.device.type, enabled=False):
+                return self.action_model.sample(z.float(), noise, *how)
+        return self.graphs(work, noise, *batch.values(), key=how)
+
+    @torch.no_grad()
     def act(self, observations, unnorm_key=None, noise=None, cfg_scale=None, steps=None):
         """A list of raw observations -> (chunks (B, T, A) float32 in robot units, info).
 
@@ -981,18 +996,12 @@ class Model(nn.Module):
         keep = ("images", "instruction", "state")
         seen = [{name: o[name] for name in keep if name in o} for o in observations]
         batch = collate([prepare(o, cfg, self.tokenizer) for o in seen], cfg)
-        z = self({name: value.to(self.device) for name, value in batch.items()})       # (B, 1, D)
+        batch = {name: value.to(self.device) for name, value in batch.items()}
         shape = len(seen), cfg.horizon, cfg.action_dim                                 # diffusion noise:
         noise = torch.randn(shape) if noise is None else torch.as_tensor(noise, dtype=torch.float32)
         if noise.shape != shape:
             raise ValueError(f"noise of shape {shape} = (B, T, A) is expected, found {tuple(noise.shape)}.")
-        if steps is None and cfg.sampler == "ddim":
-            steps = cfg.sample_steps
-        # the DiT and its sampler run in float32, whatever the VLM ran in, whatever autocast is on around us
-        with torch.autocast(self.device.type, enabled=False):
-            samples = self.action_model.sample(z.float(), noise.to(self.device), steps,
-                                               cfg.cfg_scale if cfg_scale is None else cfg_scale, cfg.sampler)
-        samples = samples.cpu().numpy()                                                # (B, T, A)
+        samples = self.decide(batch, noise.to(self.device), steps, cfg_scale).cpu().numpy()    # (B, T, A)
         normalized, actions = decode_actions(samples, stats, cfg.gripper_index)
         return actions.astype(np.float32), {"samples": samples, "normalized": normalized, "actions": actions}
 

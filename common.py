@@ -1,7 +1,8 @@
 """
-The small parts that all five methods share: seeds and devices, the attention choice, a loss in pieces, the
-tiny tokenizer, action statistics and normalization, quantizers, chunk ensembling, safe checkpoint files. They
-take tensors and numbers, never a config or a model. What makes a method the method is in its own file.
+The small parts that all five methods share: seeds and devices, the attention choice, a loss in pieces, CUDA
+graphs, the tiny tokenizer, action statistics and normalization, quantizers, chunk ensembling, safe checkpoint
+files. They take tensors and numbers, never a config or a model. What makes a method the method is in its
+own file.
 
 How a method file is used; train.py, eval_sim.py and serve.py need only these names of it:
 
@@ -208,6 +209,83 @@ def word_loss(hidden, head, targets, vocab):
         return error(hidden, targets, "mean")
     return sum(checkpoint(error, *part, use_reentrant=False, preserve_rng_state=False)
                for part in zip(hidden.split(size), targets.split(size))) / len(targets)
+
+
+# ---- Less time in inference -------------------------------------------------------------------------------
+
+def captured(work):
+    """A CUDA graph of work(), which has run before -> (replay, what work returns: always in the same memory).
+
+    Weights that autocast has cast are neither taken from outside nor handed out: they live in one memory.
+    """
+    graph = torch.cuda.CUDAGraph()
+    torch.clear_autocast_cache()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            out = work()
+    except RuntimeError as e:
+        raise ValueError(f"--graphs: this model does what no CUDA graph can hold ({str(e).splitlines()[0]}); "
+                         "leave --graphs out.") from e
+    finally:
+        torch.clear_autocast_cache()
+    return graph.replay, out
+
+
+class Graphs:
+    """What a model computes again and again for tensors of the same shapes, as CUDA graphs: one launch each.
+
+    The first time it is computed, the second time captured, from then on replayed: the same kernels, so the
+    same bits. Such work reads no number back, and takes nothing from the host but the tensors that it is
+    given (tests/test_bench.py looks that it does not). capture: None leaves everything as it is. most: sets
+    of shapes that are kept; the one unused for longest goes. After the weights have moved: new Graphs.
+    """
+
+    def __init__(self, capture=None, most=16):
+        self.capture, self.most, self.kept = capture, most, {}
+
+    def settle(self, key, tensors):
+        """Tensors, brought into the memory that graphs of this key and these shapes work on -> these tensors
+        (a list), and what was made there so far: a dict for `run`."""
+        key = key, *((x.shape, x.dtype) for x in tensors)
+        fixed, made = self.kept.pop(key, None) or ([x.clone() for x in tensors], {})
+        self.kept[key] = fixed, made
+        if len(self.kept) > self.most:
+            del self.kept[next(iter(self.kept))]
+        for here, x in zip(fixed, tensors):
+            here.copy_(x)
+        return fixed, made
+
+    def run(self, made, name, work):
+        """work(), on settled tensors; `made` keeps it as `name`. What it returns the next run overwrites."""
+        if name not in made:
+            made[name] = None
+            return work()
+        if not made[name]:
+            made[name] = *self.capture(work), work             # ... which keeps its tensors alive
+        replay, out, _ = made[name]
+        replay()
+        return out
+
+    def __call__(self, work, *tensors, key=()):
+        """work(*tensors) -> a tensor. key: all else that decides what work does."""
+        if self.capture is None:
+            return work(*tensors)
+        fixed, made = self.settle(key, tensors)
+        return self.run(made, "", lambda: work(*fixed)).clone()
+
+
+def to_int8(w):
+    """A matrix (n, D) -> (int8 (n, D), one scale per row (n,) bfloat16): off by 0.4 % of a row's largest."""
+    scale = (w.float().abs().amax(1) / 127).clamp(min=1e-30).bfloat16()
+    return (w.float() / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def linear(x, w, bias=None):
+    """x (..., D) by a matrix (n, D), or by one of `to_int8`, which is multiplied in bfloat16 -> (..., n)."""
+    if isinstance(w, torch.Tensor):
+        return F.linear(x, w, bias)
+    y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), *w).view(*x.shape[:-1], -1).to(x.dtype)
+    return y if bias is None else y + bias
 
 
 # ---- The tiny tokenizer -----------------------------------------------------------------------------------

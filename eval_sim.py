@@ -32,6 +32,7 @@ Sections: solids and pictures, the world, the expert, episodes, Meta-World, othe
 SimplerEnv, ManiSkill 3, CALVIN), evaluation, command line.
 """
 import atexit
+import gc
 import hashlib
 import importlib
 import json
@@ -751,6 +752,10 @@ class Tabletop:
         """[(seed, family), ...] of the episodes from the split's `start`-th on; the families take turns."""
         return [(s, families[i % len(families)]) for i, s in enumerate(seeds(split, episodes, start))]
 
+    @staticmethod
+    def _ready():
+        """Nothing else is to be imported."""
+
     def expert(self):
         """See `expert`."""
         return expert(self)
@@ -1112,6 +1117,7 @@ class MetaWorld:
     SPLITS, SUBSTEPS = ("eval", "train", "val"), 10
     max_steps, goals, reached = 500, (), ()
     rest = (1, 0.010)            # before the first step, Meta-World tells some things' place wrongly
+    _ready = staticmethod(lambda: import_metaworld())
 
     def __init__(self, families=MT10, split="eval", views=("third",), image_size=224, embodiment="sawyer",
                  fast_render=False, gripper=""):
@@ -1124,6 +1130,9 @@ class MetaWorld:
     @classmethod
     def jobs(cls, families, episodes, split, start=0):
         """[(seed, task), ...] of the episodes from `start` on: every task gets the split's first seeds."""
+        if episodes % len(families):
+            raise ValueError(f"{episodes} episodes of {len(families)} tasks: give a multiple, so that every "
+                             "task counts the same.")
         n, of = len(families), seeds(split, -(-(start + episodes) // len(families)), 0, cls.SPLITS)
         return [(of[i // n], families[i % n]) for i in range(start, start + episodes)]
 
@@ -1330,7 +1339,7 @@ class Bench:
     def jobs(cls, families, episodes, split, start=0):
         """[(number, task), ...]: all episodes of these tasks, or as many of each."""
         counts, n = [cls.count_of(family) for family in families], episodes // len(families)
-        if episodes != sum(counts) and (start or n > min(counts) or episodes % len(families)):
+        if start or episodes != sum(counts) and (n > min(counts) or episodes % len(families)):
             raise ValueError(f"{episodes} episodes of {len(families)} tasks: {cls.title} has {sum(counts)}; "
                              f"give that, or the same number, up to {min(counts)}, of each.")
         counts = counts if episodes == sum(counts) else [n] * len(families)
@@ -1448,6 +1457,16 @@ def _numbers(path):
         raise ValueError(f"{path} holds something else than an array: get LIBERO's file again.") from e
 
 
+@lru_cache
+def _suite(benchmark, name):                                          # once: it prints a line
+    return benchmark.get_benchmark_dict()[name]()
+
+
+def _leave():                                                         # robosuite closes EGL at exit: what
+    Libero.kept.clear()                                               # draws with it goes first, or complains
+    gc.collect()
+
+
 class Libero(Bench):
     """A task of LIBERO, SUITE/NUMBER in the suite's own order; 50 initial states each.
 
@@ -1467,7 +1486,7 @@ class Libero(Bench):
 
     def _task(self, family):
         suite, number = family.split("/")
-        return self._ready()[1].get_benchmark_dict()[suite]().get_task(int(number))
+        return _suite(self._ready()[1], suite).get_task(int(number))
 
     def _start(self):
         package, _, envs = self._ready()
@@ -1477,6 +1496,8 @@ class Libero(Bench):
         before = np.random.get_state()                                 # which goes on unmoved
         self.env = kept.pop() if kept else envs.OffScreenRenderEnv(
             bddl_file_name=str(bddl), camera_heights=self.h, camera_widths=self.w)
+        atexit.unregister(_leave)                                      # what is registered last is done first
+        atexit.register(_leave)
         self._reset()
         np.random.set_state(before)
         self.obs = self.env.set_init_state(_numbers(states)[self.seed])                   # (50, nq + nv + 1)
@@ -1934,6 +1955,8 @@ class Calvin(Bench):
 
     def _start(self):
         state, self.chain = calvin_sequences()[self.seed]
+        if self.order == "sharded" or self.seed == 0:                 # nobody's traces, of no earlier run
+            self._drop()
         self.kept[:] = self.kept or [self._build()]
         self.env, self.judge, self.texts = self.kept[0]
         robot, scene = calvin_layout(state)
@@ -1972,9 +1995,13 @@ class Calvin(Bench):
     def close(self):
         """Keep the environment for the next sequence, if that is the order."""
         if self.order == "sharded":
-            self.env.close()
-            self.env.ownsPhysicsClient = False                        # else it closes the next one's, too
-            self.kept.clear()
+            self._drop()
+
+    def _drop(self):
+        for env, *_ in self.kept:
+            env.close()
+            env.ownsPhysicsClient = False                             # else it closes the next one's, too
+        self.kept.clear()
 
 
 SIMS = {"tabletop": Tabletop, "metaworld": MetaWorld, "libero": Libero, "simpler": Simpler,
@@ -2210,19 +2237,26 @@ def _play_in_worker(load, how, wave):
 def _journal(path, about, waves):
     """Cut the journal of an interrupted evaluation `about` the same to its whole waves; return their rows.
 
-    The journal of a finished evaluation (its results are not older), or of another one, is begun anew.
+    The journal of a finished evaluation (its results are not older), of another one, or of one that is
+    played in one go, is begun anew.
     """
     from common import atomic_write
-    rows, about = [], json.dumps(about)
+    from tqdm import tqdm
+    rows, head = [], json.dumps(about)
     results = path.with_name(f"results{path.stem.removeprefix('episodes')}.json")
     if path.is_file():
-        head, *lines = path.read_text(encoding="utf-8").split("\n")[:-1] or [""]     # no torn last line
-        for first, jobs in waves if head == about else ():
+        found, *lines = path.read_text(encoding="utf-8").split("\n")[:-1] or [""]    # no torn last line
+        for first, jobs in waves if found == head else ():
             part = [json.loads(line) for line in lines[first:first + len(jobs)]]
             rows += part if len(part) == len(jobs) else []
-        if results.is_file() and results.stat().st_mtime_ns >= path.stat().st_mtime_ns:
-            rows = [] if len(rows) == sum(len(jobs) for _, jobs in waves) else rows
-    text = "".join(f"{line}\n" for line in [about, *map(json.dumps, rows)])
+        if len(rows) == sum(len(jobs) for _, jobs in waves):
+            if results.is_file() and results.stat().st_mtime_ns >= path.stat().st_mtime_ns:
+                rows = []
+        elif rows and _in_one_go(about["suite"], about["settings"]):
+            tqdm.write(f"--order official: CALVIN's one environment remembers the sequences before, so the "
+                       f"{len(rows)} that were played before the interruption are played again.")
+            rows = []
+    text = "".join(f"{line}\n" for line in [head, *map(json.dumps, rows)])
     atomic_write(path, lambda part: part.write_text(text, encoding="utf-8"))
     return rows
 
@@ -2245,6 +2279,7 @@ def _play_all(waves, play, about, out, writer, bar):
         if rows and reel.is_file():
             with np.load(reel) as found:
                 film = dict(found)
+    bar.n = bar.initial = len(rows)
     done = sum(_counts(row, about["control"]) for row in rows)
     if writer is not None and len(writer) < done:
         raise ValueError(f"{writer.folder} holds {len(writer)} episodes, of {done} that were recorded before "
@@ -2303,8 +2338,11 @@ def evaluate(model, method, families=DEFAULT_FAMILIES, episodes=200, split="eval
         points = world is MetaWorld and model is not None and method.PREDICTS == "waypoints"
         embodiment = "arm" if points else getattr(world, "body", "sawyer")
     unnorm_key = _unnorm_key(world, families, settings, embodiment, model, method, unnorm_key, execute)
-    _check(model, method, families, episodes, split, batch, control, unnorm_key, execute, embodiment, sim,
-           settings)
+    if model is None and control not in NO_MODEL:
+        raise ValueError("there is no model to evaluate; without one, control is random or expert.")
+    _check(sim, families, episodes, split, start, batch, control, embodiment, settings, workers)
+    if model is not None:
+        _check_model(model, method, families, split, unnorm_key, execute, embodiment, sim, settings)
     out, record = out and Path(out), record and Path(record)
     for flag, folder in (("--out", out), ("--record", record)):
         if folder:
@@ -2353,44 +2391,42 @@ def _unnorm_key(world, families, settings, embodiment, model, method, unnorm_key
     return name if embodiment in BODIES[1:] or several else None
 
 
-def _check_bench(env, model, method, batch, control):
-    if control == "expert":
-        raise ValueError(f"{env.title} has no expert; --control random, or a checkpoint.")
-    if model is not None and method.PREDICTS != "actions":
-        raise ValueError(f"{method.__name__} predicts points, {env.title} wants actions: it is played in "
-                         "tabletop or metaworld.")
-    if env.suite == "calvin" and batch > 1:
-        raise ValueError(f"batch={batch}: of CALVIN one sequence at a time is played in a process; --workers "
-                         "plays several.")
-    env._ready()
+def _in_one_go(sim, settings):
+    """Do episodes hang on those before them, so that one process plays all, from the first on?"""
+    return sim == "calvin" and settings.get("order") == "official"
 
 
-def _check(model, method, families, episodes, split, batch, control, unnorm_key, execute, embodiment, sim,
-           settings):
-    """Everything that can be wrong is wrong now, not after the first bar."""
+def _check(sim, families, episodes, split, start, batch, control, embodiment, settings, workers):
+    """Everything that can be wrong is wrong now: before a model is loaded, not after the first bar."""
     if control and control not in CONTROLS:
         raise ValueError(f"control={control!r}: choose one of {', '.join(CONTROLS)}.")
-    if model is None and control not in NO_MODEL:
-        raise ValueError("there is no model to evaluate; without one, control is random or expert.")
     if episodes < 1 or batch < 1:
         raise ValueError(f"episodes={episodes}, batch={batch}: both must be at least 1.")
     if sim == "tabletop" and embodiment not in BODIES:
         raise ValueError(f"embodiment={embodiment!r}: episodes are played by {' or '.join(BODIES)}.")
     env = SIMS[sim](families, split, **settings)
-    if isinstance(env, Bench):
-        _check_bench(env, model, method, batch, control)
-    if sim == "metaworld":
-        import_metaworld()
-        if episodes % len(families):
-            raise ValueError(f"{episodes} episodes of {len(families)} tasks: give a multiple, so that every "
-                             "task counts the same.")
-    if model is not None:
-        from common import pick_stats
-        seen = {"views": model.cfg.views, "image_size": model.cfg.image_size}
-        env = SIMS[sim](families, split, **settings | seen, embodiment=embodiment)
-        if method.PREDICTS == "actions":
-            pick_stats(model.stats, unnorm_key)
-        _session(env, model, method, unnorm_key, execute)
+    if isinstance(env, Bench) and control == "expert":
+        raise ValueError(f"{env.title} has no expert; --control random, or a checkpoint.")
+    if sim == "calvin" and batch > 1:
+        raise ValueError(f"batch={batch}: of CALVIN one sequence at a time is played in a process; --workers "
+                         "plays several.")
+    if _in_one_go(sim, settings) and workers > 1:
+        raise ValueError(f"--order official --workers {workers}: CALVIN's one environment remembers the "
+                         "sequences before, so one process plays all; leave out --workers, or --order.")
+    env.jobs(families, episodes, split, start)
+    env._ready()
+
+
+def _check_model(model, method, families, split, unnorm_key, execute, embodiment, sim, settings):
+    from common import pick_stats
+    seen = {"views": model.cfg.views, "image_size": model.cfg.image_size}
+    env = SIMS[sim](families, split, **settings | seen, embodiment=embodiment)
+    if method.PREDICTS == "actions":
+        pick_stats(model.stats, unnorm_key)
+    elif isinstance(env, Bench):
+        raise ValueError(f"{method.__name__} predicts points, {env.title} wants actions: it is played in "
+                         "tabletop or metaworld.")
+    _session(env, model, method, unnorm_key, execute)
 
 
 def summary(rows, families):
@@ -2670,6 +2706,9 @@ def flags():
     policy.add_argument("--seed", type=within(0), help="seed of the noise that the model draws (default: 0)")
     policy.add_argument("--device", help="auto (default), cpu, cuda, mps, ...")
     policy.add_argument("--attn", help="attention kernel: auto (default), flash, sdpa, eager")
+    policy.add_argument("--graphs", action="store_true", default=None, help="act by CUDA graphs")
+    policy.add_argument("--int8", action="store_true", default=None, help="vla0, robobrain_x0: write with "
+                        "matrices of 8 bits: sooner, and not the same numbers")
 
     output = p.add_argument_group("output")
     output.add_argument("--out", type=Path, help="folder for results.json and film.gif (default: CKPT/eval, "
@@ -2682,7 +2721,8 @@ def flags():
 def parse(argv=None):
     """Flags -> checked arguments. One that the run would ignore is an error."""
     a = flags().parse_args(argv)
-    policy = ("model", "preset", "unnorm_key", "execute", "tokenizer", "seed", "device", "attn")
+    policy = ("model", "preset", "unnorm_key", "execute", "tokenizer", "seed", "device", "attn",
+              "graphs", "int8")
     a.control = "expert" if a.expert and not a.control else a.control
     if a.expert and a.control != "expert":
         raise ValueError(f"--expert and --control {a.control}: give one of them.")
@@ -2739,12 +2779,27 @@ def find_method(ckpt, model=None):
     return importlib.import_module(name)
 
 
+def load_model(a, method, ckpt, **how):
+    """A checkpoint's model as --preset, --tokenizer, --attn, --device, --graphs and --int8 say."""
+    from common import Graphs, captured, device
+    where = device(a.device)
+    if a.graphs and where.type != "cuda":
+        raise ValueError(f"--graphs: CUDA graphs need a CUDA device, this is {where}; leave it out.")
+    if a.int8 and not hasattr(method.Config, "int8"):
+        raise ValueError("--int8 is for methods that write actions word by word, vla0 and robobrain_x0; "
+                         f"{method.__name__} does not: leave it out.")
+    model = method.from_pretrained(ckpt, preset=a.preset, tokenizer=a.tokenizer, attn=a.attn, device=where,
+                                   **how, **({"int8": True} if a.int8 else {}))
+    model.graphs = Graphs(captured) if a.graphs else model.graphs
+    return model
+
+
 def load(a, method, ckpt):
     """The model of a checkpoint, ready to act; prints what it is."""
     from common import device, pick_attention
     where = device(a.device)
     attn = pick_attention(a.attn, where)
-    model = method.from_pretrained(ckpt, preset=a.preset, tokenizer=a.tokenizer, attn=attn, device=where)
+    model = load_model(a, method, ckpt)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{method.__name__}, {size:.2f} M parameters, from {ckpt}, on {where}, attention {attn}; plays "
           f"{a.execute or model.cfg.execute} of the {model.cfg.horizon} actions of a chunk")
@@ -2776,7 +2831,8 @@ class _Done:
         self.path, self.kept = out / ".series.json", {"about": None, "done": {}}
         if n > 1:                                                     # else there is nothing to remember
             about = {key: str(value) for key, value in vars(a).items() if key not in ("workers", "out")}
-            self.kept["about"] = about | {"from": list(map(origin, a.ckpt)), "made_with": made_with("")}
+            self.kept["about"] = about | {"from": list(map(origin, a.ckpt)), "version": VERSION,
+                                          "made_with": made_with("", _distributions(a.sim)) | _clones(a.sim)}
             if self.path.is_file() and (found := read_json(self.path)).get("about") == self.kept["about"]:
                 self.kept = found
 
@@ -2803,7 +2859,7 @@ def check(a):
     if platform.system() == "Linux" and libraries and not any(map(find_library, libraries)):
         missing[" or ".join(f"lib{name}" for name in libraries)] = how
     if a.sim in ("metaworld", "libero") and not missing:
-        (import_metaworld if a.sim == "metaworld" else import_libero)()            # it chooses MUJOCO_GL
+        SIMS[a.sim]._ready()                                          # it chooses MUJOCO_GL
     for part, told in missing.items():
         print(f"missing {part}: {told}")
     names = _packages()                                               # PIL is Pillow's
@@ -2817,7 +2873,7 @@ def check(a):
     out.mkdir(parents=True, exist_ok=True)
     path, env, begin = out / f"check-{a.sim}.png", SIMS[a.sim](**a.settings), time.time()
     bench, chance = isinstance(env, Bench), np.random.default_rng(0)
-    env.lay_out(seed := 0 if bench else env.jobs(env.families, 1, "eval")[0][0])
+    env.lay_out(seed := env.jobs(env.families[:1], 1, "eval")[0][0])
     Image.fromarray(env.picture("third")[0]).save(path)
     while env.count < 20 and not env.success():
         env.advance(env.random_action(chance) if bench else env.expert()[0])
@@ -2839,14 +2895,14 @@ def main(argv=None):
         print(f"replayed {len(rows)} recorded episodes: {sum(r['success'] for r in rows)} succeed, "
               f"largest state error {worst:.1e}")
         return int(not worst <= 1e-3)                                 # 1: not the world it was recorded in
-    found, outs = {}, _outs(a)
+    found, outs, controls = {}, _outs(a), ("", *CONTROLS[:3]) if a.control == "all" else (a.control,)
     for out in outs:
         claim(out)
+    _check(a.sim, a.families, a.episodes, a.split, 0, a.batch, controls[0], a.body, a.settings, a.workers)
     tasks = ", ".join(a.families) if len(a.families) < 11 else f"{len(a.families)} tasks"
     print(f"{a.episodes} episodes of {tasks}; "
           + (f"body {a.body}; " if a.sim == "tabletop" else f"{a.sim}; ")
           + f"split {a.split}; {a.batch} side by side" + f", in {a.workers} processes" * bool(a.workers))
-    controls = ("", "swap", "blank", "random") if a.control == "all" else (a.control,)
     done = _Done(a, outs[0], len(outs) * len(controls))
     for ckpt, out in zip(a.ckpt or [None], outs):
         method, model = find_method(ckpt, a.model) if ckpt else None, None
@@ -2856,7 +2912,8 @@ def main(argv=None):
                 model = model or (load(a, method, ckpt) if acts else None)
                 checkpoint = origin(ckpt) | {
                     "preset": a.preset, "tokenizer": a.tokenizer,
-                    "attn": pick_attention(a.attn, device(a.device))} if acts else None
+                    "attn": pick_attention(a.attn, device(a.device)),
+                    **{name: True for name in ("graphs", "int8") if getattr(a, name)}} if acts else None
                 results = evaluate(
                     model, method, a.families, a.episodes, a.split, 0, a.batch, control, a.unnorm_key,
                     a.execute, a.seed, out, checkpoint=checkpoint, embodiment=a.body, sim=a.sim,

@@ -52,9 +52,9 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (Qwen2_5_VLTextConfig,
                                                                      Qwen2_5_VLVisionConfig)
 
-from common import (atomic_write, check_config, check_fit, check_observation, choose, cli,
-                    hf_attention, keyed_generator, load_config, load_weights, pick_attention, pick_stats,
-                    read_json, resolve, save_folder, tiny_tokenizer, word_loss)
+from common import (Graphs, atomic_write, check_config, check_fit, check_observation, choose, cli,
+                    hf_attention, keyed_generator, linear, load_config, load_weights, pick_attention,
+                    pick_stats, read_json, resolve, save_folder, tiny_tokenizer, to_int8, word_loss)
 from common import device as pick_device
 
 # ---- Config ---------------------------------------------------------------------------------------------
@@ -133,6 +133,7 @@ class Config:
     max_words: int = 64               # tokens of a constrained sub-task
     draft: str = "previous"           # speculate with: previous (answer) | none; the answer is the same
     window: int = 8                   # tokens read per pass when speculating
+    int8: bool = False                # passes of few tokens multiply by matrices of 8 bits: other answers
     # training
     data: str = ""
     vision_lr: float = 0.1            # the tower's learning rate, as a share of lr
@@ -1266,14 +1267,13 @@ def rms_norm(x, weight, eps=1e-6):
 
 
 # twin: vla0.effective
-def effective(linear):
+def effective(module):
     """A Linear's weight; of one that carries adapters (--lora), with these added in."""
-    if not hasattr(linear, "get_delta_weight"):
-        return linear.weight
-    return linear.base_layer.weight + sum(linear.get_delta_weight(a) for a in linear.active_adapters)
+    if not hasattr(module, "get_delta_weight"):
+        return module.weight
+    return module.base_layer.weight + sum(module.get_delta_weight(a) for a in module.active_adapters)
 
 
-# Its `logits` are as many as Config.legal here (vla0: 12).
 # twin: vla0.Reader
 class Reader:
     """The language model again, for acting: projections fused, keys and values in a cache of fixed shape.
@@ -1303,6 +1303,13 @@ class Reader:
         axis = [a for a, n in enumerate(cfg.mrope_section) for _ in range(n)]       # a frequency's: t, h or w
         self.axis = torch.tensor(axis, device=device)
         self.memory = [p.data_ptr() for p in model.parameters()]
+        self.few, self.small, self.version = 0, None, 0        # passes of few tokens: with matrices of 8 bits
+
+    def shrink(self, version):
+        """Make the layers with matrices of 8 bits, unless they are of this version of the weights."""
+        if self.version != version:
+            self.small = [[to_int8(w) if w.ndim == 2 else w for w in layer] for layer in self.layers]
+            self.version = version
 
     def fuse(self, *parts):
         """Weights (n, D) stacked along n; with `alias` they become views of that."""
@@ -1342,8 +1349,9 @@ class Reader:
         hidden = place > slots[..., None]                                           # (B, K, M)
         mask = torch.zeros((), dtype=x.dtype, device=x.device).masked_fill(hidden, float("-inf"))
         mask = mask[:, None].repeat_interleave(G, 2)                                # (B, 1, K G, M)
-        for (norm1, qkv, qkv_bias, o, norm2, gate_up, down), kv in zip(self.layers, cache):
-            h = F.linear(rms_norm(x, norm1), qkv, qkv_bias).view(B, K, Q + 2 * KV, hd)
+        layers = self.small if K <= self.few else self.layers
+        for (norm1, qkv, qkv_bias, o, norm2, gate_up, down), kv in zip(layers, cache):
+            h = linear(rms_norm(x, norm1), qkv, qkv_bias).view(B, K, Q + 2 * KV, hd)
             qk, v = h.split([Q + KV, KV], 2)
             a, b = qk.chunk(2, -1)
             qk = torch.addcmul(qk * cos, torch.cat([b, a], -1), sin)              # rotated (B, K, Q + KV, hd)
@@ -1353,9 +1361,9 @@ class Reader:
             q = q.view(B, K, KV, G, hd).transpose(1, 2).reshape(B, KV, K * G, hd)   # a group shares its keys
             h = F.scaled_dot_product_attention(q, kv[0], kv[1], mask)               # (B, KV, K G, hd)
             h = h.view(B, KV, K, G, hd).transpose(1, 2).reshape(B, K, Q * hd)
-            x = x + F.linear(h, o)
-            gate, up = F.linear(rms_norm(x, norm2), gate_up).chunk(2, -1)
-            x = x + F.linear(F.silu(gate) * up, down)
+            x = x + linear(h, o)
+            gate, up = linear(rms_norm(x, norm2), gate_up).chunk(2, -1)
+            x = x + linear(F.silu(gate) * up, down)
         return rms_norm(x, self.norm)
 
     def logits(self, hidden):
@@ -1375,9 +1383,11 @@ class Writer:
     that of id-by-id decoding, for any draft. Everything stays on the device.
     """
 
-    def __init__(self, cfg, reader, batch, rows, mode, grammar, drafts, seed=None):
+    STATE = ("text", "count", "passes", "done", "length", "delta", "prompt", "cache", "noise")
+
+    def __init__(self, cfg, reader, batch, rows, mode, grammar, drafts, seed=None, graphs=Graphs()):
         """rows (B, L, D): the prompts' embeddings; mode: "actions" | "subtask" | "free" (without a grammar);
-        drafts: a list of B lists of ids, or None for a row without."""
+        drafts: a list of B lists of ids, or None for a row without; graphs: common.Graphs."""
         self.cfg, self.reader, self.length, self.delta = cfg, reader, batch["length"], batch["delta"]
         self.short, device, (B, L, _) = mode == "actions", rows.device, rows.shape
         self.grammar, self.limit = None, cfg.max_new_tokens
@@ -1406,6 +1416,18 @@ class Writer:
         slots = torch.arange(L, device=device).expand(B, L)
         hidden = reader(rows, batch["positions"].transpose(0, 1), slots, self.cache)             # (B, L, D)
         self.commit(self.choose(hidden[torch.arange(B, device=device), self.length - 1][:, None]))
+        self.graphs, self.made = graphs, None
+        if graphs.capture and (self.noise is not None or cfg.temperature == 0):        # no draws on the host
+            names = [name for name in self.STATE if getattr(self, name) is not None]
+            key = id(reader), repr(cfg), mode, bool(grammar)
+            fixed, self.made = graphs.settle(key, [getattr(self, name) for name in names])
+            vars(self).update(zip(names, fixed))
+
+    def go(self, window):
+        """One pass, from its CUDA graph if there are any."""
+        if self.made is None:
+            return self.read(window)
+        self.graphs.run(self.made, window, lambda: self.read(window))
 
     def read(self, window):
         """One pass over `window` ids of every row."""
@@ -1479,7 +1501,7 @@ class Writer:
         n = ((said == self.text.gather(1, at)).cumprod(1).sum(1) + 1).clamp(max=K)  # (B,) committed now
         end = torch.where(said == self.cfg.im_end_id, k, K).amin(1)                 # the first end
         n = torch.where(self.done, 0, torch.minimum(n, end + 1).minimum(self.limit - self.count))
-        self.text = self.text.scatter(1, at, torch.where(self.done[:, None], self.text.gather(1, at), said))
+        self.text.scatter_(1, at, torch.where(self.done[:, None], self.text.gather(1, at), said))
         self.done |= (end < n) | (self.count + n >= self.limit)
         self.count += n
 
@@ -1487,7 +1509,7 @@ class Writer:
         """Write to the end; a GPU is looked at once per pass when speculating, else every 16 passes."""
         while not bool(self.done.all()):
             for _ in range(1 if self.window > 1 or not self.text.is_cuda else 16):
-                self.read(self.window)
+                self.go(self.window)
         return self
 
     def answers(self):
@@ -1502,6 +1524,7 @@ class Model(nn.Module):
 
     preset, origin: for the record in saved checkpoints; fresh: modules that a checkpoint did not hold.
     """
+    graphs = Graphs()                  # off; Graphs(common.captured): act() with CUDA graphs
 
     def __init__(self, cfg, tokenizer=None, stats=None, attn="auto"):
         super().__init__()
@@ -1558,7 +1581,7 @@ class Model(nn.Module):
         return loss, {"loss": loss.detach(), "clamped": batch["clamped"].float().mean()}
 
     @contextmanager
-    def reading(self):
+    def reading(self, int8=False):
         """A Reader of the present weights; sharded ones (train.py --shard) are gathered while it lives."""
         sharded = [m for m in self.model.modules() if hasattr(m, "unshard")]
         for m in sharded:
@@ -1566,6 +1589,9 @@ class Model(nn.Module):
         adapters = any(hasattr(m, "get_delta_weight") for m in self.model.modules())
         if self.reader is None or not self.reader.current(self.model):
             self.reader = Reader(self.cfg, self.model, alias=not sharded and not adapters)
+        if int8:
+            self.reader.shrink(1 + sum(p._version for p in self.model.parameters()))
+        self.reader.few = 32 * int8                            # with more, computing takes the time
         try:
             yield self.reader
         finally:
@@ -1581,9 +1607,9 @@ class Model(nn.Module):
         grammar = None if mode == "free" else self.tokenizer.actions.grammar(cfg.horizon, cfg.action_dim)
         with torch.autocast(self.device.type, enabled=False):
             rows = self.embed(batch)                                                # (B, L, D)
-            with self.reading() as reader:
+            with self.reading(cfg.int8) as reader:
                 drafts = drafts or [None] * len(rows)
-                return Writer(cfg, reader, batch, rows, mode, grammar, drafts, seed).run()
+                return Writer(cfg, reader, batch, rows, mode, grammar, drafts, seed, self.graphs).run()
 
     def act(self, observations, unnorm_key=None, seed=None, **how):
         """A list of raw observations of one body -> (chunks (B, T, A) float32 in robot units, info).

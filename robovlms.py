@@ -43,10 +43,10 @@ from torch import nn
 from transformers.initialization import no_init_weights
 
 import common
-from common import (ChunkEnsemble, UniformBins, attention, check_config, check_fit, check_observation, choose,
-                    cli, exponential_weights, hf_attention, keyed_rng, lean, load_config, load_weights,
-                    normalize, pick_attention, pick_stats, read_json, resolve, save_folder, tiny_tokenizer,
-                    unnormalize, word_loss)
+from common import (ChunkEnsemble, Graphs, UniformBins, attention, check_config, check_fit,
+                    check_observation, choose, cli, exponential_weights, hf_attention, keyed_rng, lean,
+                    load_config, load_weights, normalize, pick_attention, pick_stats, read_json, resolve,
+                    save_folder, tiny_tokenizer, unnormalize, word_loss)
 from common import device as pick_device
 
 
@@ -1008,6 +1008,7 @@ def insert(x, new, at):
 
 class Model(nn.Module):
     """The matrix. preset, origin: for the record; fresh: modules that a checkpoint did not hold."""
+    graphs = Graphs()                  # off; Graphs(common.captured): act() with CUDA graphs
 
     def __init__(self, cfg, tokenizer=None, stats=None, attn="auto"):
         super().__init__()
@@ -1143,24 +1144,32 @@ class Model(nn.Module):
             rows = self.backbone.words(words[-1])[:, None]                             # (B, 1, D)
         return torch.stack(words, 1)
 
+    def frame(self, images, ids):
+        """What a new frame is kept as: images (N, 1, V, h, w, 3), prompts (N, L) without padding -> picture
+        tokens (N, 1, V, P, D); policy_head: its feature (N, 1, n, D), the history is in the head."""
+        def work(images, ids):
+            seen = self.look_at(images)
+            return self.think(seen, ids, torch.ones_like(ids)) if head else seen
+        head = self.cfg.formulation == "policy_head"
+        return self.graphs(work, images, ids)
+
     def act_group(self, group, memories, noise):
         """Prepared observations with prompts of one length -> arm (B, K, A - 1), open (B, K), failed (B,)."""
         cfg, B, counts = self.cfg, len(group), torch.tensor([len(p["images"]) for p in group])
         ids = torch.stack([p["ids"] for p in group]).to(self.device)                   # (B, L)
         images = torch.cat([p["images"] for p in group])[:, None]                    # (frames, 1, V, h, w, 3)
-        seen, mask = self.look_at(images.to(self.device)), torch.ones_like(ids)        # (frames, 1, V, P, D)
+        owner = torch.arange(B).repeat_interleave(counts).to(self.device)
+        seen = self.frame(images.to(self.device), ids[owner])                          # (frames, 1, ...)
         if cfg.head == "discrete":
             words = self.decode(seen, ids, cfg.horizon * cfg.action_dim).cpu().numpy()
             tokens = ActionTokens.of(cfg, self.tokenizer)
             a = tokens.decode(words).reshape(B, cfg.horizon, cfg.action_dim)
             return a[..., :-1], a[..., -1] > 0, ~tokens.holds(words).all(1)
-        if cfg.formulation == "policy_head":                   # each new frame on its own, then remembered
-            owner = torch.arange(B).repeat_interleave(counts).to(self.device)
-            seen = self.think(seen, ids[owner], mask[owner])                           # (frames, 1, n, D)
         for memory, new in zip(memories, seen[:, 0].split(counts.tolist())):
             memory.extend(new)
         rows = nn.utils.rnn.pad_sequence([torch.stack([*m]) for m in memories], True)  # (B, <= W, ...)
-        features = rows if cfg.formulation == "policy_head" else self.think(rows, ids, mask)
+        head = cfg.formulation == "policy_head"
+        features = rows if head else self.think(rows, ids, torch.ones_like(ids))
         first = cfg.published_step or cfg.formulation == "video"
         last = torch.tensor([0 if first else len(m) - 1 for m in memories])
         return *self.act_head.act(features, last, noise), np.zeros(B, bool)

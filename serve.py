@@ -70,7 +70,8 @@ import numpy as np
 from PIL import Image
 
 from common import Parser, choose, cli, device, is_text, pick_stats, within
-from eval_sim import BODIES, EMBODIMENTS, FAMILIES, PAIRS, Tabletop, dataset_name, find_method, seeds
+from eval_sim import (BODIES, EMBODIMENTS, FAMILIES, PAIRS, Tabletop, dataset_name, find_method, load_model,
+                      seeds)
 
 MAX_BODY = 32 * 2**20          # bytes of one request
 MAX_IMAGES = 8
@@ -1221,6 +1222,9 @@ def main():
     how.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto",
                      help="bf16 halves the memory; auto: bf16 on CUDA, else what the checkpoint says")
     how.add_argument("--attn", default="auto", help="auto, flash, sdpa, eager")
+    how.add_argument("--graphs", action="store_true", help="act by CUDA graphs: a GPU waits less")
+    how.add_argument("--int8", action="store_true",
+                     help="vla0, robobrain_x0: write with matrices of 8 bits: sooner, not the same numbers")
     net = p.add_argument_group("network")
     net.add_argument("--host", default="127.0.0.1", help="0.0.0.0: the whole network, with --token")
     net.add_argument("--port", type=within(0, 65535), default=8000, help="port; 0 takes a free one")
@@ -1250,9 +1254,8 @@ def main():
     if "robobrain" not in wire and (a.robot or a.official):
         raise ValueError("--robot and --official are for --wire robobrain; add it, or leave them out.")
     dtype = "bf16" if a.dtype == "auto" and where.type == "cuda" else a.dtype
-    model = method.from_pretrained(
-        a.ckpt, preset=a.preset, tokenizer=a.tokenizer, attn=a.attn, device=where,
-        dtype=None if dtype == "auto" else dtype, **({"robot": a.robot} if a.robot else {}))
+    model = load_model(a, method, a.ckpt, dtype=None if dtype == "auto" else dtype,
+                       **({"robot": a.robot} if a.robot else {}))
     try:
         app = create_app(model, a.unnorm_key, a.execute, a.token, a.ckpt, wire, a.official, a.batch)
     except Refused as e:

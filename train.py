@@ -37,6 +37,7 @@ import signal
 import sys
 import textwrap
 import time
+import uuid
 from ast import literal_eval
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -376,6 +377,11 @@ def wrap(model, args, device, dtype, world):
     step = fully_shard(Step(model), mesh=mesh)
     register_fsdp_forward_method(step, "act")
     return step
+
+
+def eager(args):
+    """A context in which --compile does nothing."""
+    return torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext()
 
 
 def local(tensor):
@@ -823,6 +829,24 @@ def closed_loop(args, module, attn, device):
 
 # ---- The run ----------------------------------------------------------------------------------------------
 
+def own_store(shared, rank, world):
+    """A part of torchrun's store that only the processes of this start use; collective.
+
+    The store outlives them (torch 2.13): after --max-restarts some would find there where the dead ones
+    listened, and wait for them. Rank 0 names a new part and answers each process that has found this name.
+    """
+    mine = uuid.uuid4().hex
+    if rank == 0:
+        shared.set("part", mine)
+        for other in range(1, world):                          # get() waits
+            shared.set(shared.get(f"{mine}/{other}").decode(), mine)
+        return dist.PrefixStore(mine, shared)
+    while not shared.check([mine]):                            # until then it may be a dead one's name
+        shared.set(f"{shared.get('part').decode()}/{rank}", mine)
+        time.sleep(0.05)
+    return dist.PrefixStore(shared.get(mine).decode(), shared)
+
+
 def main(argv=None):
     """The command line."""
     with contextlib.ExitStack() as cleanup:                    # bar, log, signals: closed however a run ends
@@ -861,8 +885,10 @@ def run(cleanup, args, module, cfg, found):
     if world > 1 or args.shard:
         backend = "gloo" if device.type == "cpu" else (
             f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}")
-        alone = {} if world > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(backend, timeout=timedelta(hours=2), **alone)
+        patience, store = timedelta(hours=2), dist.HashStore()
+        if world > 1:
+            store = own_store(next(dist.rendezvous("env://", timeout=patience))[0], rank, world)
+        dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=world)
 
     # ---- data, model, optimizer
     train, val = open_data(args, cfg, module.PREDICTS)
@@ -957,8 +983,7 @@ def run(cleanup, args, module, cfg, found):
             plain = contextlib.nullcontext()
             counter, kernels = (plain, plain) if flops else (FlopCounterMode(display=False), common.Kernels())
             # what is compiled while a mode looks on is skipped for good: the pass that is counted stays eager
-            eager = torch.compiler.set_stance("force_eager") if args.compile and not flops else plain
-            with precision(), counter, kernels, eager:
+            with precision(), counter, kernels, plain if flops else eager(args):
                 loss, logs = wrapped(to_device(batch, device))
             share = weights[i] / everything
             (loss * share * world).backward()
@@ -1006,7 +1031,8 @@ def run(cleanup, args, module, cfg, found):
             sums, names, waited = {}, {}, 0.0
         if check:
             swap(params, average)
-            row = validate(wrapped, checks, device, precision, module.PREDICTS)
+            with eager(args):                                  # or it takes graphs' places: only 8 are kept
+                row = validate(wrapped, checks, device, precision, module.PREDICTS)
             swap(params, average)
             (_, loss), (name, errors) = row.items()
             if log:

@@ -42,9 +42,10 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (Qwen2_5_VLTextConfig,
                                                                      Qwen2_5_VLVisionConfig)
 
-from common import (ArrayUnpickler, ChunkEnsemble, check_config, check_fit, check_observation, choose, cli,
-                    hash64, hf_attention, keyed_generator, load_config, load_weights, pick_attention,
-                    pick_stats, read_json, resolve, save_folder, tiny_tokenizer, word_loss, write_json)
+from common import (ArrayUnpickler, ChunkEnsemble, Graphs, check_config, check_fit, check_observation,
+                    choose, cli, hash64, hf_attention, keyed_generator, linear, load_config, load_weights,
+                    pick_attention, pick_stats, read_json, resolve, save_folder, tiny_tokenizer, to_int8,
+                    word_loss, write_json)
 from common import device as pick_device
 
 # ---- Config ---------------------------------------------------------------------------------------------
@@ -116,6 +117,7 @@ class Config:
     redraft: str = "jacobi"           # after a wrong guess: jacobi, guess this pass' words | align, keep the
     #                                   draft; both move along where a number grows or shrinks
     window: int = 0                   # tokens read per pass; 0: the whole draft; 1: symbol by symbol
+    int8: bool = False                # passes of few tokens multiply by matrices of 8 bits: other texts
     max_new_tokens: int = 1024        # official; a number that it cuts is dropped: parse_failed
     # data and training
     mask_max: float = 0.4             # at most this share of the answer's characters is hidden ...
@@ -572,11 +574,11 @@ def rms_norm(x, weight, eps=1e-6):
     return weight * F.rms_norm(h, h.shape[-1:], None, eps).to(x.dtype)
 
 
-def effective(linear):
+def effective(module):
     """A Linear's weight; of one that carries adapters (--lora), with these added in."""
-    if not hasattr(linear, "get_delta_weight"):
-        return linear.weight
-    return linear.base_layer.weight + sum(linear.get_delta_weight(a) for a in linear.active_adapters)
+    if not hasattr(module, "get_delta_weight"):
+        return module.weight
+    return module.base_layer.weight + sum(module.get_delta_weight(a) for a in module.active_adapters)
 
 
 class Reader:
@@ -607,6 +609,13 @@ class Reader:
         axis = [a for a, n in enumerate(cfg.mrope_section) for _ in range(n)]       # a frequency's: t, h or w
         self.axis = torch.tensor(axis, device=device)
         self.memory = [p.data_ptr() for p in model.parameters()]
+        self.few, self.small, self.version = 0, None, 0        # passes of few tokens: with matrices of 8 bits
+
+    def shrink(self, version):
+        """Make the layers with matrices of 8 bits, unless they are of this version of the weights."""
+        if self.version != version:
+            self.small = [[to_int8(w) if w.ndim == 2 else w for w in layer] for layer in self.layers]
+            self.version = version
 
     def fuse(self, *parts):
         """Weights (n, D) stacked along n; with `alias` they become views of that."""
@@ -646,8 +655,9 @@ class Reader:
         hidden = place > slots[..., None]                                           # (B, K, M)
         mask = torch.zeros((), dtype=x.dtype, device=x.device).masked_fill(hidden, float("-inf"))
         mask = mask[:, None].repeat_interleave(G, 2)                                # (B, 1, K G, M)
-        for (norm1, qkv, qkv_bias, o, norm2, gate_up, down), kv in zip(self.layers, cache):
-            h = F.linear(rms_norm(x, norm1), qkv, qkv_bias).view(B, K, Q + 2 * KV, hd)
+        layers = self.small if K <= self.few else self.layers
+        for (norm1, qkv, qkv_bias, o, norm2, gate_up, down), kv in zip(layers, cache):
+            h = linear(rms_norm(x, norm1), qkv, qkv_bias).view(B, K, Q + 2 * KV, hd)
             qk, v = h.split([Q + KV, KV], 2)
             a, b = qk.chunk(2, -1)
             qk = torch.addcmul(qk * cos, torch.cat([b, a], -1), sin)              # rotated (B, K, Q + KV, hd)
@@ -657,9 +667,9 @@ class Reader:
             q = q.view(B, K, KV, G, hd).transpose(1, 2).reshape(B, KV, K * G, hd)   # a group shares its keys
             h = F.scaled_dot_product_attention(q, kv[0], kv[1], mask)               # (B, KV, K G, hd)
             h = h.view(B, KV, K, G, hd).transpose(1, 2).reshape(B, K, Q * hd)
-            x = x + F.linear(h, o)
-            gate, up = F.linear(rms_norm(x, norm2), gate_up).chunk(2, -1)
-            x = x + F.linear(F.silu(gate) * up, down)
+            x = x + linear(h, o)
+            gate, up = linear(rms_norm(x, norm2), gate_up).chunk(2, -1)
+            x = x + linear(F.silu(gate) * up, down)
         return rms_norm(x, self.norm)
 
     def logits(self, hidden):
@@ -679,15 +689,19 @@ class Writer:
     draft can only save passes, and every pass commits at least one symbol. Everything stays on the device.
     """
 
-    def __init__(self, cfg, reader, batch, rows, drafts, seed=None, looks=None):
+    STATE = ("text", "count", "passes", "done", "length", "delta", "seen", "cache", "gumbel")
+
+    def __init__(self, cfg, reader, batch, rows, drafts, seed=None, looks=None, graphs=Graphs()):
         """rows (B, L, D): the prompts' embeddings; drafts: a list of B texts, or None for a row without;
-        looks: passes per look at the device (None: what is fastest)."""
+        looks: passes per look at the device (None: what is fastest); graphs: common.Graphs."""
         self.cfg, self.reader, self.length, self.delta = cfg, reader, batch["length"], batch["delta"]
         device, (B, L, _) = rows.device, rows.shape
         whole = cfg.horizon * cfg.action_dim * (cfg.digits + 1)
         self.limit = min(cfg.max_new_tokens, whole) if cfg.grammar else cfg.max_new_tokens
         longest = min(self.limit, max([len(d) for d in drafts if d], default=0))
         self.window = cfg.window or (longest + cfg.digits if longest else 1 + cfg.grammar)
+        if graphs.capture and self.window > 2:                 # drafts of all lengths in few shapes
+            self.window = -(-self.window // 32) * 32
         self.looks = looks or (1 if self.window > 2 or device.type == "cpu" else 16)
         size = 1 + self.limit + self.window
         text = torch.full((B, size), SPACE)
@@ -709,6 +723,17 @@ class Writer:
         hidden = reader(rows, batch["positions"].transpose(0, 1), slots, self.cache)             # (B, L, D)
         last = hidden[torch.arange(B, device=device), self.length - 1][:, None]                  # (B, 1, D)
         self.commit(self.choose(reader.logits(last)))
+        self.graphs, self.made = graphs, None
+        if graphs.capture:
+            names = [name for name in self.STATE if getattr(self, name) is not None]
+            fixed, self.made = graphs.settle((id(reader), repr(cfg)), [getattr(self, name) for name in names])
+            vars(self).update(zip(names, fixed))
+
+    def go(self, window):
+        """One pass, from its CUDA graph if there are any."""
+        if self.made is None:
+            return self.read(window)
+        self.graphs.run(self.made, window, lambda: self.read(window))
 
     def read(self, window):
         """One pass over `window` symbols of every row."""
@@ -765,7 +790,7 @@ class Writer:
         n = torch.where(self.done, 0, torch.minimum(n, end + 1).minimum(self.limit - self.count))
         fresh = (k < n[:, None]) | (self.cfg.redraft == "jacobi")
         new = self.text.scatter(1, at, torch.where(fresh & ~self.done[:, None], said, draft))
-        self.text = self.align(self.text, new)
+        self.text.copy_(self.align(self.text, new))            # in place, as all that a graph changes
         self.done |= (end < n) | (self.count + n >= self.limit)
         self.count += n
 
@@ -795,7 +820,7 @@ class Writer:
             if window > 32:                                                      # few shapes: multiples of 32
                 window = min(window, max(32, -(-(window - first) // 32) * 32))
             for _ in range(self.looks):
-                self.read(window)
+                self.go(window)
 
     def texts(self, whole=False):
         """What is committed, as B strings without the end. whole: without a number that may have gone on."""
@@ -811,6 +836,7 @@ class Model(nn.Module):
 
     preset, origin: for the record in saved checkpoints; fresh: modules that a checkpoint did not hold.
     """
+    graphs = Graphs()                  # off; Graphs(common.captured): act() with CUDA graphs
 
     def __init__(self, cfg, tokenizer=None, stats=None, attn="auto"):
         super().__init__()
@@ -867,7 +893,7 @@ class Model(nn.Module):
         return loss, {"loss": loss.detach(), "clamped": batch["clamped"].float().mean()}
 
     @contextmanager
-    def reading(self):
+    def reading(self, int8=False):
         """A Reader of the present weights; sharded ones (train.py --shard) are gathered while it lives."""
         sharded = [m for m in self.model.modules() if hasattr(m, "unshard")]
         for m in sharded:
@@ -875,6 +901,9 @@ class Model(nn.Module):
         adapters = any(hasattr(m, "get_delta_weight") for m in self.model.modules())
         if self.reader is None or not self.reader.current(self.model):
             self.reader = Reader(self.cfg, self.model, alias=not sharded and not adapters)
+        if int8:
+            self.reader.shrink(1 + sum(p._version for p in self.model.parameters()))
+        self.reader.few = 32 * int8                            # with more, computing takes the time
         try:
             yield self.reader
         finally:                                               # also when a stream is broken off
@@ -899,8 +928,9 @@ class Model(nn.Module):
         batch = {name: value.to(self.device) for name, value in batch.items()}
         drafts = [o.get("draft") if cfg.draft == "previous" else None for o in observations]
         rows = self.embed(batch)                                                    # (B, L, D)
-        with self.reading() as reader:
-            yield from Writer(cfg, reader, batch, rows, drafts, seed, looks)
+        graphs = self.graphs if looks is None else Graphs()    # a stream's memory is its own
+        with self.reading(cfg.int8) as reader:
+            yield from Writer(cfg, reader, batch, rows, drafts, seed, looks, graphs)
 
     def act(self, observations, unnorm_key=None, seed=None, **how):
         """A list of raw observations -> (chunks (B, T, D) float32 in robot units, info).

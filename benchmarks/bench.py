@@ -4,6 +4,7 @@ Time and count the methods beside plain library modules that do the same thing, 
     python benchmarks/bench.py all count --device meta --size official   # FLOPs, bytes, ops: no memory needed
     python benchmarks/bench.py vla0 infer --check                 # tiny, CPU: host overhead, not speed-up
     python benchmarks/bench.py vla0 all --device cuda --size official --check --out results/h200.jsonl
+    python benchmarks/bench.py all infer --device cuda --size official --check --graphs     # by CUDA graphs
     python benchmarks/bench.py vla0 decode --ckpt runs/vla0-tiny/last --episodes 10   # a robot's own drafts
     python benchmarks/bench.py loader --rounds 3                  # every recorded form: see bench_loader.py
     python benchmarks/bench.py serve --rounds 20 --inner 20       # server and formats: see bench_serve.py
@@ -629,6 +630,7 @@ def flags():
     add("--rounds", type=within(1), default=9, help="ratios taken")
     add("--inner", type=within(1), default=5, help="calls of a side per round")
     add("--warmup", type=within(0), default=3, help="calls before, then until two rounds agree; 0: none")
+    add("--graphs", action="store_true", help="infer and decode of our side by CUDA graphs (common.Graphs)")
     add("--check", action="store_true", help="compare outputs first: no speed where they differ, exit code 1")
 
     add = p.add_argument_group("output").add_argument
@@ -661,6 +663,8 @@ def parse(argv=None):
              "--ckpt and --set are for one method: name it."),
             (args.ckpt and not {*args.whats} <= {"infer", "decode", "loader"},
              "--ckpt is for infer, decode and loader; the others use random weights."),
+            (args.graphs and (device.type != "cuda" or not {*args.whats} <= {"infer", "decode"}),
+             f"--graphs is for infer and decode on CUDA; asked were {args.what}, {device.type}."),
             (args.episodes and not loop,
              "--episodes plays a trained model: bench.py vla0 decode --ckpt CKPT --episodes N.")):
         if wrong:
@@ -697,6 +701,8 @@ def rows_of(name, what, args):
         for variant, fields in bench.counts():
             yield row | {"variant": variant} | fields
         return
+    if args.graphs:
+        bench.model.graphs, row["compile"] = common.Graphs(common.captured), "CUDA graphs"
     if bench.device.type == "cpu":
         row["note"] = "a CPU ratio at tiny width is host overhead, not speed-up"
     for variant in bench.variants[what]:

@@ -173,12 +173,13 @@ class Method(Bench):
 
     @torch.no_grad()
     def denoise(self, z, i):
-        cfg, head = self.cfg, self.model.action_model
-        return head.sample(z.float(), self.noise(i), cfg.sample_steps, cfg.cfg_scale, cfg.sampler)
+        how = self.cfg.sample_steps, self.cfg.cfg_scale, self.cfg.sampler
+        return self.model.graphs(lambda z, noise: self.model.action_model.sample(z, noise, *how), z.float(),
+                                 self.noise(i), key="denoise")
 
     @torch.no_grad()
     def run(self, batch, i):
-        return self.denoise(self.model(batch), i)
+        return self.model.decide(batch, self.noise(i))
 
     @torch.no_grad()
     def base_run(self, batch, i, model=None):

@@ -84,12 +84,11 @@ class Method(Bench):
 
     def state(self, batch):
         """What a frame becomes and is kept as."""
-        model = self.model
-        with model.precision():
-            tokens = model.look_at(batch["images"])                                    # (B, 1, V, P, D)
-            if self.cfg.formulation == "interleaved":
-                return tokens
-            return model.think(tokens, batch["ids"], batch["mask"])                    # (B, 1, n, D)
+        with self.model.precision():
+            seen = self.model.frame(batch["images"], batch["ids"])                     # (B, 1, ...)
+            if self.cfg.formulation == "one_step":
+                return self.model.think(seen, batch["ids"], batch["mask"])
+            return seen
 
     @torch.no_grad()
     def kept(self, i):

@@ -96,35 +96,9 @@ class CountedWriter(vla0.Writer):
     """Remembers the width of every pass."""
     widths = ()
 
-    def read(self, window):
+    def go(self, window):
         self.widths = [*self.widths, window]
-        super().read(window)
-
-
-def graphed(writer):
-    """A pass of `writer` as a CUDA graph -> finish(other writer): its state comes in, is replayed to its end.
-
-    Elsewhere the pass is just called, so that what is around the graph can be tested.
-    """
-    def replay():
-        text = writer.text                                     # all else is changed in place
-        writer.read(1)
-        writer.text = text.copy_(writer.text)
-    if writer.text.is_cuda:
-        replay()                                               # kernels are chosen before the capture
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            replay()
-        replay = graph.replay
-
-    def finish(other):
-        for name in ("text", "count", "passes", "done", "cache", "length", "delta", "seen"):
-            getattr(writer, name).copy_(getattr(other, name))
-        while not bool(writer.done.all()):
-            for _ in range(16):
-                replay()
-        return writer.texts()
-    return finish
+        super().go(window)
 
 
 class Method(Bench):
@@ -141,13 +115,13 @@ class Method(Bench):
         "spec:jacobi": {"redraft": "jacobi", "window": 0},     # ... guessed anew (random weights: by nothing)
         "spec:narrow": {"redraft": "jacobi", "window": 8},     # ... in passes of 8 tokens
         "spec:oracle": {},                                     # the own output as draft: an upper bound
-        "graph": single,                                       # as eager, a pass is a CUDA graph
+        "int8": alone | {"int8": True},                        # as grammar, with matrices of 8 bits
         "first-step": alone,                                   # until the first timestep's numbers stand
         "first-step:prev": {"redraft": "align"},               # ... with a noisy chunk as draft
         "hf-static": alone, "jpeg": alone, "cold": alone}      # the baseline with its static cache; see above
     variants = Bench.variants | {"infer": tuple(how), "decode": tuple(how)[:8]}
-    cuda_only = {"graph": "a pass is captured as a CUDA graph"}
-    closed_loop = ["eager", "grammar", "spec:prev", "spec:jacobi", "spec:narrow"]      # with --episodes
+    cuda_only = {}
+    closed_loop = ["eager", "grammar", "spec:prev", "spec:jacobi", "spec:narrow", "int8"]    # with --episodes
 
     def adapt(self, cfg):
         """First weights spread so wide that greedy texts vary (else one digit repeats for ever)."""
@@ -192,8 +166,9 @@ class Method(Bench):
     def writer(self, batch, cfg, drafts=None):
         """A Writer after its prefill."""
         rows = self.model.embed(batch)
-        with self.model.reading() as reader:
-            return CountedWriter(cfg, reader, batch, rows, drafts or [None] * len(rows))
+        with self.model.reading(cfg.int8) as reader:
+            return CountedWriter(cfg, reader, batch, rows, drafts or [None] * len(rows),
+                                 graphs=self.model.graphs)
 
     @torch.no_grad()
     def finish(self, writer, first=False):
@@ -257,8 +232,6 @@ class Method(Bench):
         (drafts, told), batches, repeats = self.drafts(variant), self.batches, self.what == "decode"
         finish = functools.partial(self.finish, first=first)
         fed = [] if self.args.episodes else [self.base.fed(batch, cfg) for batch in batches]
-        if variant == "graph":
-            finish = graphed(self.writer(batches[0], cfg))
 
         def ours(i, cfg=cfg, drafts=drafts, finish=finish):
             writer = self.writer(self.batch(i), cfg, drafts[i % len(drafts)])
@@ -283,9 +256,18 @@ class Method(Bench):
             wrong = [vla0.parse_safe(t, cfg.num_bins, cfg.horizon, cfg.action_dim)[1] for t in texts]
             about["detail"] |= {"chunks": len(texts), "malformed": sum(map(bool, wrong)),
                                 "success": self.success}
-            base = functools.partial(ours, cfg=self.changed(variant, draft="none", window=1), drafts=[None])
+            base = functools.partial(ours, cfg=self.changed(variant, draft="none", window=1, int8=False),
+                                     drafts=[None])
             about["baseline"] = "ours, token by token"
+        if cfg.int8:                                           # approximate: how far off is told instead
+            return self.case(ours, base, self.off, repeats=repeats, **about)
         return self.case(ours, base, same, lambda: self.floor(cfg, writers), repeats, **about)
+
+    def off(self, ours, base, i):
+        """How far the integers of approximate texts are off."""
+        q, p = (np.array([[int(x) for x in text.split()] for text in texts]) for texts in (ours, base))
+        return True, (f"{sum(map(str.__eq__, ours, base))} of {len(ours)} texts equal, integers off by "
+                      f"{np.abs(q - p).mean():.1f} of {self.cfg.num_bins}, at most {np.abs(q - p).max()}")
 
     def same(self, ours, base, i, first=False):
         """Are the texts equal? A near tie of two logits may fall otherwise, by rounding; how near is told."""

@@ -66,7 +66,9 @@ def test_every_variant_agrees_with_plain_modules(run, method, what):
         assert row["ms"] and row["note"]
         if row["variant"] != "cold":
             assert row["baseline"] and row["ratio"] and not row["check"].startswith("DIFFERS")
-            assert method != "vla0" or row["variant"] == "jpeg" or row["check"] == "texts equal"
+            off = row["variant"] == "int8"                     # approximate: how far off is told
+            assert ("off by" in row["check"]) == off
+            assert method != "vla0" or off or row["variant"] == "jpeg" or row["check"] == "texts equal"
     if what == "decode" and method == "vla0":
         rows = {row["variant"]: row for row in rows}
         assert rows["eager"]["forwards"] == rows["eager"]["tokens_out"] - 1 > rows["spec:oracle"]["forwards"]
@@ -247,17 +249,7 @@ def test_a_graph_refuses(bad):
         bad(torch.ones(3, device="meta"))
 
 
-# ---- the CUDA graph's bookkeeping without CUDA; the closed loop -------------------------------------------
-
-def test_graphed_pass_writes_the_same_text():
-    args = bench.parse(f"vla0 decode --batch 2 {SMALL['vla0']}".split())
-    b = bench.method("vla0")(args, "decode")
-    cfg = b.changed("graph")
-    texts, writer = [b.finish(b.writer(b.batch(i), cfg)) for i in (1, 0)], b.writer(b.batch(0), cfg)
-    before, finish = dict(vars(writer)), bench_vla0.graphed(writer)
-    assert [finish(b.writer(b.batch(i), cfg)) for i in (1, 0)] == texts and texts[0] != texts[1]
-    assert all(getattr(writer, name) is x for name, x in before.items() if name not in ("widths", "reader"))
-
+# ---- the closed loop --------------------------------------------------------------------------------------
 
 @pytest.mark.slow
 def test_closed_loop_writes_equal_texts_in_every_way(run, tmp_path, monkeypatch):
@@ -268,7 +260,8 @@ def test_closed_loop_writes_equal_texts_in_every_way(run, tmp_path, monkeypatch)
     code, rows = run(f"vla0 decode --episodes 1 {QUICK}", "--ckpt", str(tmp_path / "ckpt"))
     found = {row["variant"]: row for row in rows}
     assert code == 0 and [*found] == bench.method("vla0").closed_loop
-    assert all(r["check"] == "texts equal" and r["detail"]["chunks"] == 4 and r["ratio"] for r in rows)
+    assert all(r["check"] == "texts equal" or name == "int8" for name, r in found.items())
+    assert all(r["detail"]["chunks"] == 4 and r["ratio"] for r in rows)
     assert found["spec:prev"]["forwards"] < found["grammar"]["forwards"] < found["grammar"]["tokens_out"]
     assert found["grammar"]["detail"]["malformed"] == 0
 
@@ -305,7 +298,7 @@ def test_diff_compares_ratios_not_milliseconds_of_other_versions(tmp_path, capsy
     ("", "MODEL: there is no ''"), ("vla0", "WHAT: there is no ''"),
     ("vla infer", "there is no 'vla'; did you mean 'vla0'"), ("vla0 inferr", "did you mean 'infer'"),
     ("vla0 infer --variant spec:pref", "did you mean 'spec:prev'"),
-    ("vla0 infer --variant graph", "exists on CUDA only"), ("cogact infer --variant grammar", "no 'grammar'"),
+    ("vla0 infer --graphs", "on CUDA; asked were infer, cpu"), ("cogact infer --variant grammar", "no 'grammar'"),
     ("vla0 infer --device meta", "only count"), ("vla0 infer --size official --device cpu", "takes hours"),
     ("vla0 infer --device gpu", "'gpu' does not exist"), ("vla0 infer --rounds 0", "--rounds: 0 is not"),
     ("vla0 infer --set horison=3", "did you mean 'horizon'"), ("all infer --set horizon=3", "for one method"),

@@ -22,6 +22,7 @@ import pytest
 import torch
 from eval_sim import METAWORLD, MT10, MetaWorld
 from PIL import Image
+from test_eval_sim import Policy
 
 REAL = find_spec("metaworld") is not None and find_spec("mujoco") is not None
 DRAWS = sys.platform != "linux" or find_library("EGL") or find_library("OSMesa")
@@ -267,20 +268,6 @@ def test_expert_gate_of_mt10_one_seed_without_a_picture():
 
 
 # ---- One evaluator -------------------------------------------------------------------------------------------
-
-class Policy:
-    def __init__(self, model, unnorm_key=None, execute=None):
-        self.queue = []
-
-    needs_chunk = property(lambda self: not self.queue)
-
-    def ask(self, observation):
-        return observation
-
-    def step(self, observation, chunk=None):
-        self.queue = self.queue or list(chunk)
-        return self.queue.pop(0)
-
 
 class Model:
     """Acts by chance, out of torch's generator; gives as many numbers as it is asked for."""

@@ -2,11 +2,13 @@
 
 None of them is installed where the tests run: each is a minimal stand-in of its API here, traps included.
 """
+import atexit
 import builtins
 import importlib
 import json
 import math
 import sys
+import weakref
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -14,31 +16,22 @@ from types import ModuleType, SimpleNamespace
 import eval_sim
 import numpy as np
 import pytest
+import test_eval_sim
 import torch
 from eval_sim import Calvin, Libero, ManiSkill, Simpler, SimplerPort
 from test_methods import make
 
 
-class Policy:
+class Policy(test_eval_sim.Policy):
     """Plays chunks of what the model gave; begins anew with another instruction."""
 
     def __init__(self, model, unnorm_key=None, execute=None, robot=None):
-        self.model, self.unnorm_key, self.robot = model, unnorm_key or (robot and f"of {robot}"), robot
+        super().__init__(model, unnorm_key, execute)
+        self.unnorm_key, self.robot, self.resets = unnorm_key or (robot and f"of {robot}"), robot, 0
         model.sessions.append(self)
-        self.resets = 0
-        self.queue = []
 
     def reset(self, instruction=None):
         self.queue, self.resets = [], self.resets + 1
-
-    needs_chunk = property(lambda self: not self.queue)
-
-    def ask(self, observation):
-        return observation
-
-    def step(self, observation, chunk=None):
-        self.queue = self.queue or list(chunk)
-        return self.queue.pop(0)
 
 
 class Model:
@@ -72,6 +65,14 @@ def modules(monkeypatch, **given):
         made = ModuleType(name)
         made.__dict__.update(content)
         monkeypatch.setitem(sys.modules, name, made)
+
+
+def cut(tmp_path, lines):
+    """The journals (whole, cut): of the evaluation in "whole", and in "cut" so many lines of it."""
+    whole, = (tmp_path / "whole").glob("*.jsonl")
+    (tmp_path / "cut").mkdir()
+    (part := tmp_path / "cut" / whole.name).write_text("".join(whole.read_text().splitlines(keepends=True)[:lines]))
+    return whole, part
 
 
 @pytest.fixture(autouse=True)
@@ -244,6 +245,22 @@ def test_trap_7_frames_are_turned_and_the_matrices_know_that_they_are_a_mirrors(
     assert np.array_equal(hand, [1, 2, 3]) and np.array_equal(thing, env.obs["bowl_pos"])
 
 
+def test_what_libero_draws_with_is_freed_before_robosuite_closes_egl(libero, monkeypatch):
+    class Env(libero.OffScreenRenderEnv):
+        def __init__(self, **how):
+            super().__init__(**how)
+            self.sim.drawn_by, alive = self, weakref.ref(self)         # round and round, as robosuite's
+            atexit.register(lambda: found.append(alive()))             # closes EGL
+    found, handlers = [], []
+    monkeypatch.setattr(atexit, "register", handlers.append)
+    monkeypatch.setattr(libero, "OffScreenRenderEnv", Env)
+    for seed in (0, 1):
+        laid_out(seed).close()
+    while handlers:
+        handlers.pop()()
+    assert found == [None]
+
+
 @pytest.mark.parametrize("gripper, last, played", [("", -1.0, -1), ("", 0.3, 1), ("", 0.0, -1), ("openvla", 1.0, -1),
                                                    ("openvla", 0.0, 1)])
 def test_trap_8_libero_opens_at_minus_one(gripper, last, played, libero):
@@ -276,12 +293,10 @@ def test_interrupted_official_libero_ends_in_the_same_numbers(libero, tmp_path):
         Libero.kept.clear(), Libero.chains.clear(), libero.LOG.clear()
         run("libero", model, ("libero_goal/0",), 3, settings={"order": "official"}, out=tmp_path / out)
         return [entry for entry in libero.LOG if entry[0] == "reset"]
-    whole = go("whole", Model())
-    journal = tmp_path / "whole" / "episodes-libero.jsonl"
-    (tmp_path / "cut").mkdir()
-    (tmp_path / "cut" / journal.name).write_text("".join(journal.read_text().splitlines(keepends=True)[:3]))
-    assert go("cut", model := Model()) == whole and len(model.asked) == 1
-    assert (tmp_path / "cut" / journal.name).read_bytes() == journal.read_bytes()
+    resets = go("whole", Model())
+    whole, part = cut(tmp_path, 3)
+    assert go("cut", model := Model()) == resets and len(model.asked) == 1
+    assert part.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.long
@@ -563,17 +578,17 @@ def test_calvins_layout_of_the_first_sequence():
 
 
 class Table:
-    """CALVIN's environment: the task that is asked is done `after` steps of it."""
-    built, log, moved, after = 0, [], [], 20
+    """CALVIN's environment: the task that is asked is done `after` steps of it, and `trace` more a reset."""
+    built, log, moved, after, trace = 0, [], [], 20, 0
 
     def __init__(self):
         Table.built += 1
         Table.log.append("build")
-        self.cameras = []
+        self.cameras, self.resets = [], 0
 
     def reset(self, robot_obs, scene_obs):
         Table.log.append(("reset", robot_obs.shape, scene_obs.shape))
-        self.steps = 0
+        self.steps, self.resets = 0, self.resets + 1
         return self.seen()
 
     def seen(self):
@@ -581,7 +596,7 @@ class Table:
         return {"rgb_obs": {"rgb_static": static, "rgb_gripper": gripper}, "robot_obs": np.arange(15.0)}
 
     def get_info(self):
-        return {"steps": self.steps}
+        return {"steps": self.steps, "last": self.after + self.trace * self.resets}
 
     def step(self, action):
         assert len(action) == 7 and action[6] in (-1, 1)               # as the robot asserts
@@ -589,7 +604,7 @@ class Table:
         Table.log.append(float(action[6]))
         Table.moved.append(action[0])
         action[:6] *= 0.02                                             # the clone's version changes it in place
-        return self.seen(), 0, False, {"steps": self.steps}
+        return self.seen(), 0, False, self.get_info()
 
     def close(self):
         Table.log.append("close")
@@ -598,7 +613,7 @@ class Table:
 class Judge:
     def get_task_info_for_set(self, start, now, names):
         assert len(names) == 1
-        return names if now["steps"] - start["steps"] == Table.after else set()
+        return names if now["steps"] - start["steps"] == now["last"] else set()
 
 
 @pytest.fixture
@@ -607,6 +622,7 @@ def calvin(monkeypatch):
     monkeypatch.setattr(Table, "moved", [])
     monkeypatch.setattr(Table, "built", 0)
     monkeypatch.setattr(Table, "after", 20)
+    monkeypatch.setattr(Table, "trace", 0)
     monkeypatch.setattr(Calvin, "kept", [])
     monkeypatch.setattr(Calvin, "_ready", classmethod(lambda cls: None))
     words = {task: f"please {task}" for task in eval_sim.CALVIN_TASKS}
@@ -667,6 +683,24 @@ def test_calvin_builds_anew_for_each_sequence_or_keeps_one(calvin):
         run("calvin", Model(), ("D",), 2, batch=2)
 
 
+def test_official_calvin_is_played_in_one_go(calvin, tmp_path, capsys):
+    def go(out, order="official"):
+        results = run("calvin", model := Model(), ("D",), 3, settings={"order": order}, out=tmp_path / out)
+        return [row["steps"] for row in results["episodes"]], len(model.asked)
+    calvin.trace = 3                                                   # of the sequences before: five tasks each
+    steps, asked = go("whole")
+    assert steps == [115, 130, 145] and go("another") == (steps, asked)        # from the same process
+    assert go("sharded", "sharded")[0] == [115] * 3
+    whole, part = cut(tmp_path, 3)
+    capsys.readouterr()
+    assert go("cut") == (steps, asked) and part.read_bytes() == whole.read_bytes()
+    assert "so the 2 that were played before the interruption are played again." in capsys.readouterr().out
+    (tmp_path / "cut" / "results-calvin.json").unlink()
+    assert go("cut") == (steps, 0)                                     # all were played
+    with pytest.raises(ValueError, match="--order official --workers 2: CALVIN's one environment remembers"):
+        run("calvin", Model(), ("D",), 3, settings={"order": "official"}, workers=2)
+
+
 def test_calvins_instructions_come_from_its_clone(tmp_path, monkeypatch):
     made, load = {}, lambda path: {"t": ["words"]} if "validation" in str(path) else SimpleNamespace(tasks={"a": 1})
     omega = SimpleNamespace(load=load, merge=lambda *parts: parts[-1], create=lambda about: SimpleNamespace(**about))
@@ -692,6 +726,7 @@ def test_calvins_instructions_come_from_its_clone(tmp_path, monkeypatch):
     ("--sim libero --control random --fast-render", "no use for --fast-render"),
     ("--sim calvin --control random --limits cogact", "no use for --limits"),
     ("--sim libero --control random --tasks libero_goal --episodes 15", "15 episodes of 10 tasks: LIBERO has 500"),
+    ("--sim calvin --ckpt x --order official --workers 3", "remembers the sequences before, so one process plays all"),
     ("--sim maniskill --control random --views third,wrist,top --record rec", "draws 2, base_camera and hand_camera"),
     ("--ckpt a b --record rec", "several --ckpt has no use for --record"),
 ])
@@ -723,76 +758,85 @@ def test_points_are_no_actions_of_a_benchmark(maniskill):
         run("maniskill", Model(), ("PickCube-v1",), 1, how)
 
 
+SERIES = "--sim maniskill --tasks PickCube-v1 --episodes 2 --batch 2".split()
+
+
 @pytest.fixture
 def checkpoints(maniskill, monkeypatch, tmp_path):
-    """Two checkpoints, and the list of those that were loaded and of the calls of `evaluate`."""
+    """Two checkpoints; the controls that `evaluate` was called with, (n, flags) -> a series killed in its n-th call."""
     monkeypatch.chdir(tmp_path)
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(name.encode())
-    calls, evaluate = [], eval_sim.evaluate
+    calls, last, evaluate = [], [], eval_sim.evaluate
     def watched(model, *args, **how):
         calls.append(args[6])                                          # the control
-        if len(calls) == watched.kill:
+        if len(calls) in last:
             raise KeyboardInterrupt
         return evaluate(model, *args, **how)
-    watched.kill = None
+    def killed(n, *argv):
+        calls.clear(), last.append(n)
+        with pytest.raises(KeyboardInterrupt):
+            eval_sim.main([*SERIES, *argv])
+        last.clear()
     monkeypatch.setattr(eval_sim, "evaluate", watched)
     monkeypatch.setattr(eval_sim, "find_method", lambda ckpt, model: method())
     monkeypatch.setattr(eval_sim, "load", lambda a, method, ckpt: Model(
         (0.01 if ckpt == "a" else -0.01, 0, 0, 0, 0, 0, 0), keys=("tabletop",)))
-    return calls, watched
+    return calls, killed
 
 
 def test_several_checkpoints_one_table_one_json_each_and_interrupted_they_go_on(checkpoints, tmp_path, capsys):
-    calls, watched = checkpoints
-    argv = "--ckpt a b --sim maniskill --tasks PickCube-v1 --episodes 2 --batch 2".split()
-    watched.kill = 2
-    with pytest.raises(KeyboardInterrupt):
-        eval_sim.main(argv)
-    results = tmp_path / "a/eval/results-maniskill.json"
-    watched.kill, first = None, results.stat().st_mtime_ns
-    eval_sim.main(argv)
+    calls, killed = checkpoints
+    killed(2, "--ckpt", "a", "b")
+    first = (results := tmp_path / "a/eval/results-maniskill.json").stat().st_mtime_ns
+    eval_sim.main([*SERIES, "--ckpt", "a", "b"])
     out = capsys.readouterr().out
     assert len(calls) == 3 and results.stat().st_mtime_ns == first     # a was not played again
     assert [line.split() for line in out.splitlines() if line.startswith("success ")] == [["success", "a", "b"]]
     found = {json.loads(path.read_text())["checkpoint"]["sha256"] for path in tmp_path.rglob("results*.json")}
     assert len(found) == 2 and not list(tmp_path.rglob(".series.json"))
-    eval_sim.main(argv)                                                # all was finished: begun anew
+    eval_sim.main([*SERIES, "--ckpt", "a", "b"])                       # all was finished: begun anew
     assert len(calls) == 5
 
 
 def test_a_series_plays_again_what_another_run_has_overwritten(checkpoints, tmp_path):
-    calls, watched = checkpoints
-    argv = "--ckpt a b --sim maniskill --tasks PickCube-v1 --episodes 2 --batch 2".split()
-    watched.kill = 2
-    with pytest.raises(KeyboardInterrupt):
-        eval_sim.main(argv)
-    watched.kill, results = None, tmp_path / "a/eval/results-maniskill.json"
-    results.write_bytes(results.read_bytes())
-    eval_sim.main(argv)
+    calls, killed = checkpoints
+    killed(2, "--ckpt", "a", "b")
+    (results := tmp_path / "a/eval/results-maniskill.json").write_bytes(results.read_bytes())
+    eval_sim.main([*SERIES, "--ckpt", "a", "b"])
     assert len(calls) == 4                                             # a, b killed, a, b
-    eval_sim.main([*argv, "--out", "out"])
+    eval_sim.main([*SERIES, "--ckpt", "a", "b", "--out", "out"])
     assert len([*(tmp_path / "out").glob("[ab]/results-maniskill.json")]) == 2
 
 
-def test_interrupted_controls_go_on_without_those_that_are_finished(checkpoints, tmp_path):
-    calls, watched = checkpoints
-    argv = "--ckpt a --sim maniskill --control all --tasks PickCube-v1 --episodes 2 --batch 2".split()
-    watched.kill = 3
-    with pytest.raises(KeyboardInterrupt):
-        eval_sim.main(argv)
-    watched.kill = None
-    eval_sim.main(argv)
+def test_interrupted_controls_go_on_without_those_that_are_finished(checkpoints, tmp_path, monkeypatch):
+    calls, killed = checkpoints
+    argv = "--ckpt a --control all".split()
+    killed(3, *argv)
+    eval_sim.main([*SERIES, *argv])
     assert calls == ["", "swap", "blank", "blank", "random"]
-    (tmp_path / "a" / "model.safetensors").write_bytes(b"another")     # of another checkpoint nothing is finished
-    calls.clear()
-    watched.kill = 2
-    with pytest.raises(KeyboardInterrupt):
-        eval_sim.main(argv)
-    (tmp_path / "a" / "model.safetensors").write_bytes(b"a third")
-    eval_sim.main(argv)
+    killed(2, *argv)                                                   # of another checkpoint nothing is finished,
+    (tmp_path / "a" / "model.safetensors").write_bytes(b"another")
+    eval_sim.main([*SERIES, *argv])
     assert calls == ["", "swap", "", "swap", "blank", "random"]
+    killed(2, *argv)                                                   # nor in another version of the simulator
+    monkeypatch.setattr(eval_sim, "version", lambda name, known=eval_sim.version: (
+        "3.0.2" if name == "mani_skill" else known(name)))
+    eval_sim.main([*SERIES, *argv])
+    assert calls == ["", "swap", "", "swap", "blank", "random"]
+
+
+def test_a_series_knows_the_commit_of_a_simulator_from_a_clone(simpler, checkpoints, tmp_path, monkeypatch):
+    modules(monkeypatch, gymnasium={"make": World})
+    calls, killed = checkpoints
+    monkeypatch.setattr(sys.modules["mani_skill2_real2sim"], "__file__", str(tmp_path / "its" / "mani" / "x.py"), False)
+    monkeypatch.setattr(eval_sim, "_commit", lambda here: commit if here.name == "its" else "")
+    argv, commit = ["--ckpt", "a", "b", "--sim", "simpler", "--tasks", "widowx/stack_cube"], "one"
+    killed(2, *argv)
+    commit = "two"
+    eval_sim.main([*SERIES, *argv])
+    assert len(calls) == 4
 
 
 def test_check_of_a_benchmark_draws_and_steps(libero, tmp_path, capsys, monkeypatch):

@@ -10,6 +10,7 @@ import shutil
 from types import SimpleNamespace
 
 import common
+import eval_sim
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,7 @@ from common import METHODS
 from forks import ROOT, shared
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # The tiny presets, made smaller still: a forward costs milliseconds. (A method that is not here: as it is.)
 SMALL = {
@@ -441,3 +443,106 @@ def test_wrong_argument_is_one_clear_line(method, words):
     with pytest.raises(ValueError, match=words) as caught:
         WRONG[words](method)
     assert "\n" not in str(caught.value)
+
+
+# ---- acting with CUDA graphs, and with matrices of 8 bits -------------------------------------------------
+
+class Tape(TorchDispatchMode):
+    """A CUDA graph without CUDA: what is computed is written down, undone, and computed again at every replay, in
+    the memory where it was. What the host computes stays as it was then; numbers computed here it must not read."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.before = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        reads = func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        assert not reads or all(args[0] is not x for call in self.calls for x in tree_leaves(call[-1])), func
+        changed = [x for a, x in zip(func._schema.arguments, args) if a.alias_info and a.alias_info.is_write]
+        self.before += [(x, x.clone()) for x in changed]
+        self.calls.append((func, args, kwargs or {}, func(*args, **kwargs or {})))
+        return self.calls[-1][-1]
+
+    def replay(self):
+        for func, args, kwargs, out in self.calls:
+            for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs))):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():      # no view, not in place
+                    old.copy_(new)
+
+    @classmethod
+    def capture(cls, work):
+        with cls() as tape:
+            out = work()
+        for x, value in reversed(tape.before):
+            x.copy_(value)
+        return tape.replay, out
+
+
+def replays(graphs):
+    """What was captured: replay functions."""
+    return [kept[0] for _, made in graphs.kept.values() for kept in made.values() if kept]
+
+
+def test_acting_with_graphs_is_the_same_to_the_bit(method):
+    """Pictures, noise, prompts of several lengths: all come in; several in turn, each in memory of its own."""
+    model = make(method)
+    seen = samples(model.cfg, 3)
+    plain, two = [[act(model, [seen[i]], first) for i in range(3)] for first in range(3)], act(model, seen[:2])
+    model.graphs = common.Graphs(Tape.capture)
+    for first, expected in enumerate(plain):
+        for i, chunk in enumerate(expected):
+            np.testing.assert_array_equal(act(model, [seen[i]], first), chunk)
+    assert len(replays(model.graphs)) >= len({len(s["instruction"].split()) for s in seen}) > 1
+    for _ in range(3):
+        np.testing.assert_array_equal(act(model, seen[:2]), two)
+
+
+@pytest.mark.parametrize("name", ["cogact", "vla0", "robovlms", "robobrain_x0"])
+def test_a_session_with_graphs_is_the_same_to_the_bit(name):
+    """With all that a session remembers: drafts, features of earlier frames."""
+    method, played = importlib.import_module(name), {}
+    model = make(method, **{"robovlms": {"history": 3}}.get(name, {}))
+    for graphs in (common.Graphs(), common.Graphs(Tape.capture)):
+        model.graphs, policy = graphs, method.Policy(model, "toy", execute=1)
+        torch.manual_seed(0)
+        policy.reset()
+        played[graphs] = [policy.step({**o, "instruction": "lift the ball"}) for o in samples(model.cfg, 5)]
+    np.testing.assert_array_equal(*played.values())
+    assert replays(model.graphs)
+
+
+def test_graphs_forget_the_shapes_unused_for_longest():
+    graphs, x = common.Graphs(Tape.capture, most=2), torch.ones(4)
+    for n in (1, 2, 2, 1, 3, 1):
+        assert torch.equal(graphs(torch.neg, x[:n]), -x[:n])
+    assert [shape for (_, (shape, _)) in graphs.kept] == [(3,), (1,)] and len(replays(graphs)) == 1
+    with pytest.raises(AssertionError, match="_local_scalar_dense"):       # a number read back: no graph holds it
+        for _ in range(2):
+            graphs(lambda x: x * x.sum().item(), x)
+
+
+@pytest.mark.parametrize("name", ["vla0", "robobrain_x0"])
+def test_matrices_of_8_bits_read_nearly_the_same(name, tmp_path):
+    method = importlib.import_module(name)
+    model, (B, K) = make(method), (2, 3)
+    slots, x = torch.arange(40).expand(B, 40), torch.randn(B, 40, model.cfg.llm_width)
+    found = {}
+    with torch.no_grad():
+        for int8 in (False, True, False):
+            with model.reading(int8) as reader:
+                cache = reader.new_cache(B, 40)
+                found[int8] = [reader(x[:, :n], slots[:, :n].expand(3, B, n), slots[:, :n], cache) for n in (40, K)]
+                assert not int8 or reader.small[0][1][0].dtype == torch.int8
+    (prompt, few), (prompt8, few8) = found[False], found[True]
+    assert torch.equal(prompt, prompt8) and 0 < (few8 - few).norm() < 0.05 * few.norm()
+    w = model.model.layers[0].mlp.down_proj.weight
+    with torch.no_grad(), model.reading(True) as reader:
+        w.mul_(2)                                              # as an optimizer's step
+    with model.reading(True) as reader:
+        q, scale = reader.small[0][-1]
+        assert (q * scale.float()[:, None] - w).abs().max() <= 0.51 * scale.max() + 0.004 * w.abs().max()
+    model.save_pretrained(tmp_path / "ckpt")
+    flags = SimpleNamespace(preset=None, tokenizer=None, attn="auto", device="cpu", graphs=None, int8=True)
+    again = eval_sim.load_model(flags, method, tmp_path / "ckpt")                      # --int8
+    chunk, info = again.act(samples(model.cfg, 2))
+    assert chunk.shape == (2, model.cfg.horizon, 7) and not info["parse_failed"].any() and again.reader.few

@@ -351,6 +351,8 @@ def checkpoint(model, tmp_path_factory):
 @pytest.mark.parametrize("flags, words", [
     (["--unnorm-key", "nope"], "unnorm_key='nope': this checkpoint has statistics for ['other', 'tabletop']"),
     (["--ckpt", "no/such/folder"], "no/such/folder"),
+    (["--graphs"], "--graphs: CUDA graphs need a CUDA device, this is cpu; leave it out"),
+    (["--int8"], "--int8 is for methods that write actions word by word, vla0 and robobrain_x0; cogact does not"),
     (["--model", "nope"], "nope"),
     (["--model", "robobrain_x0"], "leave --model out"),
     (["--unnorm-key", ""], "--unnorm-key '' cannot be used"),

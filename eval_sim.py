@@ -49,7 +49,7 @@ from ctypes.util import find_library
 from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
-from itertools import groupby, product
+from itertools import groupby, islice, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1010,11 +1010,13 @@ def _taped(folder, episodes):
     if made_from.get("suite") not in SIMS:
         raise ValueError(f"{folder}: eval_sim.py --record did not write it, so there are no seeds to lay its "
                          "scenes out again.")
-    for path in sorted((folder / "data").rglob("*.parquet"))[:episodes]:      # an episode has a file
-        table = pq.read_table(path, columns=["action", "observation.state", "seed", "family"])
-        actions, states, seed, family = (np.array(column.to_pylist()) for column in table.columns)
-        yield (made_from["families"][family[0]],), made_from["split"], {
-            "seed": int(seed[0]), "executed": actions, "state": states, "sim": made_from["suite"],
+    columns = ["family", "seed", "action", "observation.state"]
+    tables = (pq.read_table(path, columns=columns) for path in sorted((folder / "data").rglob("*.parquet")))
+    parts = ([np.array(table[name].to_pylist()) for name in columns] for table in tables)    # each has a file
+    for (family, seed), played in islice(groupby(parts, lambda part: (part[0][0], part[1][0])), episodes):
+        _, _, actions, states = map(np.concatenate, zip(*played))     # told one instruction after the other
+        yield (made_from["families"][family],), made_from["split"], {
+            "seed": int(seed), "executed": actions, "state": states, "sim": made_from["suite"],
             "embodiment": made_from["embodiment"],
             "settings": {key: x for key, x in made_from.get("settings", {}).items() if key in LAID_OUT_BY}}
 
@@ -1276,8 +1278,8 @@ def _need(sim, *modules):
     try:
         return [importlib.import_module(module) for module in modules]
     except (ImportError, AttributeError, RuntimeError, OSError) as e:
-        raise ValueError(f"--sim {sim}: {e}. What is missing and how it is installed says eval_sim.py --sim "
-                         f"{sim} --check.") from e
+        raise ValueError(f"--sim {sim}: {e}. eval_sim.py --sim {sim} --check says what is missing and how it "
+                         "is installed; if nothing is, install what is named here.") from e
 
 
 def axis_angle(quaternion):
@@ -2113,19 +2115,22 @@ class Tape:
         self.done.append(np.asarray(action, np.float32))
         self.path.append(self.env.track())
 
-    def episode(self, families):
-        """What LeRobotWriter.add takes, of N steps: images, actions, state, instruction, and as features
-        waypoints (N, 10), as in a sample; each camera's intrinsics (N, 9), extrinsics (N, 16), as observed;
-        seed (N,) and family (N,), a number in `families`."""
-        def stacked(what, view):
-            return np.stack([seen[what][view] for seen in self.seen])
-        env, n, views = self.env, len(self.done), self.seen[0]["images"]
-        matrices = {f"{view}.{what}": stacked(what, view).reshape(n, -1)
-                    for view in views for what in ("intrinsics", "extrinsics")}
-        return {"images": {view: stacked("images", view) for view in views}, "actions": np.stack(self.done),
-                "state": np.stack([seen["state"] for seen in self.seen]), "instruction": env.instruction,
-                "waypoints": waypoints_of(env, self.path).reshape(n, 10), **matrices,
-                "seed": np.full(n, env.seed), "family": np.full(n, families.index(env.family))}
+    def episodes(self, families):
+        """What LeRobotWriter.add takes, a dict for each instruction in turn (most have one), of N steps:
+        images, actions, state, instruction, and as features waypoints (N, 10), as in a sample; each camera's
+        intrinsics (N, 9), extrinsics (N, 16), as observed; seed (N,) and family (N,), a number in `families`.
+        """
+        env, steps = self.env, zip(self.seen, self.done, self.path)
+        for instruction, part in groupby(steps, lambda step: step[0]["instruction"]):
+            seen, done, path = zip(*part)
+            n, stacked = len(done), {f"{view}.{what}": np.stack([one[what][view] for one in seen])
+                                     for what in ("intrinsics", "extrinsics", "images") for view in env.views}
+            images = {view: stacked.pop(f"{view}.images") for view in env.views}
+            yield {"images": images, "actions": np.stack(done), "instruction": instruction,
+                   "state": np.stack([one["state"] for one in seen]),
+                   "waypoints": waypoints_of(env, path).reshape(n, 10),
+                   **{name: x.reshape(n, -1) for name, x in stacked.items()},
+                   "seed": np.full(n, env.seed), "family": np.full(n, families.index(env.family))}
 
 
 def _session(env, model, method, unnorm_key, execute):
@@ -2214,14 +2219,11 @@ def _play(wave, model, method, seed, filmed, record, start, tick=lambda: None, *
     film = {i: [] for i in range(len(jobs)) if first + i in filmed}
     tapes = [] if record else None
     rows = run_wave(jobs, model, method, film=film, tapes=tapes, tick=tick, **how)
-    taped = [tape.episode(record) for tape, row in zip(tapes or (), rows) if _counts(row, how["control"])]
-    rows = [{"episode": i, **row} for i, row in enumerate(rows, start + first)]
+    rows, taped = [{"episode": i, **row} for i, row in enumerate(rows, start + first)], []
+    for row, tape in zip(rows, tapes or ()):                          # a demonstration that fails is not one
+        new = [*tape.episodes(record)] if row["success"] or how["control"] != "expert" else []
+        row["recorded"], taped = len(new), taped + new
     return rows, {jobs[i][1]: np.stack(frames) for i, frames in film.items()}, taped
-
-
-def _counts(row, control):
-    """Is this episode worth recording? A demonstration that fails is not one."""
-    return row["success"] or control != "expert"
 
 
 LOADED = []                      # of a worker process: its model and method
@@ -2249,9 +2251,12 @@ def _journal(path, about, waves):
         for first, jobs in waves if found == head else ():
             part = [json.loads(line) for line in lines[first:first + len(jobs)]]
             rows += part if len(part) == len(jobs) else []
+        finished = results.is_file() and results.stat().st_mtime_ns >= path.stat().st_mtime_ns
         if len(rows) == sum(len(jobs) for _, jobs in waves):
-            if results.is_file() and results.stat().st_mtime_ns >= path.stat().st_mtime_ns:
-                rows = []
+            rows = [] if finished else rows
+        elif found != head and lines and not finished:
+            tqdm.write(f"{path}: {len(lines)} episodes of an interrupted evaluation with other settings or "
+                       "versions; this one begins anew.")
         elif rows and _in_one_go(about["suite"], about["settings"]):
             tqdm.write(f"--order official: CALVIN's one environment remembers the sequences before, so the "
                        f"{len(rows)} that were played before the interruption are played again.")
@@ -2280,7 +2285,7 @@ def _play_all(waves, play, about, out, writer, bar):
             with np.load(reel) as found:
                 film = dict(found)
     bar.n = bar.initial = len(rows)
-    done = sum(_counts(row, about["control"]) for row in rows)
+    done = sum(row.get("recorded", 0) for row in rows)
     if writer is not None and len(writer) < done:
         raise ValueError(f"{writer.folder} holds {len(writer)} episodes, of {done} that were recorded before "
                          f"the interruption. Delete {journal} to begin anew.")
@@ -2307,7 +2312,8 @@ def _writer(folder, about, model):
     if np.any(np.mod(size, 2)):
         raise ValueError(f"--record: pictures of {size} pixels; a video wants even numbers. Choose others.")
     fps = SIMS[about["suite"]](about["families"], embodiment=about["embodiment"]).fps
-    made_from = {key: value for key, value in about.items() if key != "made_with"}
+    versions = [*_distributions(about["suite"]), *_clones(about["suite"])]
+    made_from = about | {"made_with": {name: about["made_with"][name] for name in versions}}
     return LeRobotWriter(folder, fps, f"{about['suite']}, {about['embodiment']}", made_from=made_from)
 
 
@@ -2331,7 +2337,7 @@ def evaluate(model, method, families=DEFAULT_FAMILIES, episodes=200, split="eval
     """
     from tqdm import tqdm
     model, world = None if control in NO_MODEL else model, SIMS[sim]
-    who = getattr(method, "__name__", "") if model is not None else ""
+    who = getattr(method, "__name__", "")
     settings = {key: x for key, x in (DEFAULTS.get((sim, who), {}) | settings).items()
                 if key != "gripper" or model is not None}
     if world is not Tabletop:
@@ -2691,7 +2697,8 @@ def flags():
     sim.add_argument("--gripper", choices=("openvla",), help="of a model trained with --data "
                      "lerobot=DIR,gripper=openvla (1 = open, 0 = closed)")
     sim.add_argument("--order", choices=ORDERS, help="libero, calvin: sharded (default), every episode by "
-                     "itself; official: after those before it, as the official scripts do")
+                     "itself; official: after those before it, as the official scripts do (calvin: in one "
+                     "process, in one go)")
     sim.add_argument("--env-seed", type=within(0), help="libero: of fixtures' places (default: 0, vla0: 7)")
     sim.add_argument("--limits", choices=LIMITS, help="simpler, simpler3: stock step limits, or cogact's "
                      "(its default): 120 for all of the WidowX")

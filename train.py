@@ -316,6 +316,14 @@ def load_part(model, path, option):
                         for name in own if name not in part})
 
 
+def adaptable(model):
+    """(the first model of transformers in it or None, the names of its linear layers that train)."""
+    from transformers import PreTrainedModel
+    found = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    return found, [name for name, m in found.named_modules()
+                   if isinstance(m, nn.Linear) and m.weight.requires_grad] if found else []
+
+
 def add_lora(model, rank, low=False):
     """Adapters on every linear layer that trains in what comes from transformers; its own weights freeze.
 
@@ -324,11 +332,9 @@ def add_lora(model, rank, low=False):
     if importlib.util.find_spec("peft") is None:
         raise ValueError("--lora needs peft: pip install peft.")
     from peft import LoraConfig, inject_adapter_in_model
-    from transformers import PreTrainedModel
-    backbone = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
-    if backbone is None:
-        raise ValueError("--lora: this method holds no model of transformers.")
-    linear = [n for n, m in backbone.named_modules() if isinstance(m, nn.Linear) and m.weight.requires_grad]
+    backbone, linear = adaptable(model)
+    if not linear:
+        raise ValueError("--lora: nothing trains here that is of transformers. Leave --lora away.")
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear), backbone)
     for base in [m.base_layer for m in backbone.modules() if low and hasattr(m, "get_delta_weight")]:
         base.weight.data = base.weight.data.bfloat16()
@@ -547,12 +553,16 @@ def clean(args, step, about):
         common.atomic_write(log, lambda part: part.write_text("".join(kept), encoding="utf-8"))
 
 
-def check_same_run(found, args, cfg):
-    """Only a run with the same Config, data and global batch can go on; fewer or more steps are fine."""
+def check_same_run(found, args, cfg, dtype):
+    """Only a run with the same Config, data and global batch can go on; fewer or more steps are fine.
+    With --lora the arithmetic (dtype: "bf16", "fp32") stays, too: frozen weights were rounded to it."""
     names = ("global_batch", "data", "lora", "official_mean")
-    then = common.read_json(found / "training_state" / "run.json")["args"]
-    saved = common.load_config(found, args.model)["config"] | {n: then[n] for n in names if n in then}
+    then = common.read_json(found / "training_state" / "run.json")
+    saved = common.load_config(found, args.model)["config"] | {
+        name: then["args"][name] for name in names if name in then["args"]}
+    saved |= {"dtype": then["dtype"]} if args.lora and "dtype" in then else {}
     now = json.loads(json.dumps(dataclasses.asdict(cfg))) | {name: getattr(args, name) for name in names}
+    now["dtype"] = dtype
     other = [f"{name}: {saved[name]!r} there, {now[name]!r} now" for name in now
              if name not in ("steps", "batch") and name in saved and saved[name] != now[name]]
     if other:
@@ -774,18 +784,21 @@ def memory_needed(model, args, cfg, world):
     return {"weights": weights, "gradients": trained, "AdamW": 2 * trained, "EMA": trained * (cfg.ema > 0)}
 
 
-def check_memory(needed, free, args, device):
+def check_memory(needed, free, args, cfg, model, device):
     """ValueError if an accelerator has too little. (A CPU may yet free some, see --dry-run.)"""
     total = sum(needed.values())
     if device.type == "cpu" or total < free:
         return
-    try_these = [] if args.lora else ["--lora 16"]
-    if not args.shard:
-        try_these.append(f"--shard over {math.ceil(1.25 * total / free)} processes")
+    shard = "more" if args.shard else f"--shard over {math.ceil(1.25 * total / free)}"
+    (backbone, linear), try_these = adaptable(model), [f"{shard} processes", "a smaller preset"]
+    if linear and not (args.lora or args.resume):              # enough, without what trains the backbone?
+        frozen, all_that_trains = (
+            sum(p.nbytes for p in m.parameters() if p.requires_grad) for m in (backbone, model))
+        if total - (total - needed["weights"]) * frozen / all_that_trains < free:
+            try_these.insert(0, "--lora 16" + " --ema 0" * (cfg.ema > 0))
     raise ValueError(f"training needs {total / 2**30:.1f} GiB per process for " + ", ".join(
         f"{name} {x / 2**30:.1f}" for name, x in needed.items() if x) + " and more for activations; "
-        f"{free / 2**30:.1f} are free on {device}. Try {' or '.join(try_these or ['more processes'])}, or a "
-        "smaller preset.")
+        f"{free / 2**30:.1f} are free on {device}. Try {' or '.join(try_these)}.")
 
 
 def dry_run(say, wrapped, model, item, needed, device, precision, args, cfg):
@@ -813,7 +826,10 @@ def dry_run(say, wrapped, model, item, needed, device, precision, args, cfg):
     total, free = sum(parts.values()), memory_free(device)
     say("memory    " + " + ".join(f"{name} {x / 2**30:.2f}" for name, x in parts.items() if x)
         + f" = {total / 2**30:.2f} GiB per process; {free / 2**30:.1f} GiB are free on {device}"
-        + (": too little; try --shard, --checkpointing, a smaller --batch" if total > free else ""))
+        + (": too little; try " + ", ".join(
+            [f"{'' if args.shard else '--shard over '}more processes"] * (device.type != "cpu")
+            + ["--checkpointing"] * (args.checkpointing != "full") + ["a smaller --batch"] * (cfg.batch > 1)
+            + ["a smaller preset"]) if total > free else ""))
 
 
 def closed_loop(args, module, attn, device):
@@ -861,8 +877,11 @@ def run(cleanup, args, module, cfg, found):
     rank, local_rank, world = common.rank_info()
     say = print if rank == 0 else lambda *_: None
     device = common.device(args.device)
-    bf16 = args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda")
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    kind = "bf16" if device.type == "cuda" else "fp32"
+    if found and args.lora:                                    # as its frozen weights were rounded
+        kind = common.read_json(found / "training_state" / "run.json").get("dtype", kind)
+    kind = kind if args.dtype == "auto" else args.dtype
+    bf16, dtype = kind == "bf16", torch.bfloat16 if kind == "bf16" else torch.float32
     precision = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
     attn = common.pick_attention(args.attn, device)
     share = device.type == "cpu" and not args.batch            # processes are cores: the recipe stays
@@ -874,8 +893,8 @@ def run(cleanup, args, module, cfg, found):
         raise ValueError(f"--global-batch {args.global_batch} is no multiple of batch x processes = "
                          f"{cfg.batch} x {world}; change --batch.")
     if found:
-        check_same_run(found, args, cfg)
-    about = {"launch": os.environ.get("TORCHELASTIC_RUN_ID"), "args": {
+        check_same_run(found, args, cfg, kind)
+    about = {"launch": os.environ.get("TORCHELASTIC_RUN_ID"), "dtype": kind, "args": {
         name: x for name, x in vars(args).items()
         if name not in ("out", "resume", "overwrite", "dry_run", "bench", "synthetic")}}
     if rank == 0 and not (args.dry_run or args.bench):
@@ -899,7 +918,7 @@ def run(cleanup, args, module, cfg, found):
     common.seed_everything(cfg.seed)                           # the same first weights on every rank
     model = build(module, cfg, args, tokenizer, stats, attn, found, bf16)
     needed = memory_needed(model, args, cfg, world)
-    check_memory(needed, memory_free(device), args, device)
+    check_memory(needed, memory_free(device), args, cfg, model, device)
     wrapped = wrap(model, args, device, dtype, world).train()
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = params.values()

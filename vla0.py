@@ -479,19 +479,24 @@ def rope_positions(ids, cfg, grid):
         text   | picture of rows x columns        | text
         0 1 2  | 3 3 3 ...  3+row ...  3+column   | 3 + max(rows, columns) ...
     """
-    rows, columns = grid
+    return positions_of(bytes(i == cfg.image_id for i in ids), *grid)
+
+
+@functools.lru_cache(1024)             # the same in most samples
+def positions_of(seen, rows, columns):
+    """rope_positions of a row where `seen` is 1 for the tokens of pictures, else 0."""
     r, c = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     picture = torch.stack([torch.zeros_like(r), r, c]).flatten(1)                   # (3, rows * columns)
     parts, here, i = [], 0, 0
-    while i < len(ids):
-        if ids[i] == cfg.image_id:
+    while i < len(seen):
+        if seen[i]:
             parts.append(picture + here)
             here, i = here + max(rows, columns), i + rows * columns
         else:
-            n = ids.index(cfg.image_id, i) - i if cfg.image_id in ids[i:] else len(ids) - i
+            n = (seen.find(1, i) if 1 in seen[i:] else len(seen)) - i
             parts.append((here + torch.arange(n)).expand(3, n))
             here, i = here + n, i + n
-    return torch.cat(parts, 1), here - len(ids)
+    return torch.cat(parts, 1), here - len(seen)
 
 
 def prepare(sample, cfg, tokenizer, stats=None, key=None, train=False):

@@ -202,11 +202,12 @@ class Method(bench_vla0.Method):
         return self.case(ours, base, self.same, lambda: self.floor(variant, writers), repeats, **about)
 
     def off(self, ours, base, i):
-        """How far the chunks of approximate answers are off, in [-1, 1]."""
+        """How far the chunks of approximate answers are off, of all inputs up to i."""
         a, b = (np.stack([self.chunk(ids) for ids in answers]) for answers in (ours, base))
-        equal = sum(x == y for x, y in zip(ours, base))
-        return True, (f"{equal} of {len(ours)} answers equal, chunks off by {np.abs(a - b).mean():.3f}, "
-                      f"at most {np.abs(a - b).max():.2f}, of -1 .. 1")
+        self.gaps = [*(self.gaps if i else []), *np.abs(a - b)]
+        equal = sum(not gap.any() for gap in self.gaps)
+        return True, (f"{equal} of {len(self.gaps)} chunks equal, off by {np.mean(self.gaps):.4f} of -1 .. 1, "
+                      f"at most {np.max(self.gaps):.2f}")
 
     def chunk(self, answer):
         """Ids of a constrained answer -> its first chunk (T, A), normalized."""

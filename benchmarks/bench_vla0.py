@@ -264,10 +264,12 @@ class Method(Bench):
         return self.case(ours, base, same, lambda: self.floor(cfg, writers), repeats, **about)
 
     def off(self, ours, base, i):
-        """How far the integers of approximate texts are off."""
+        """How far the integers of approximate texts are off, of all inputs up to i."""
         q, p = (np.array([[int(x) for x in text.split()] for text in texts]) for texts in (ours, base))
-        return True, (f"{sum(map(str.__eq__, ours, base))} of {len(ours)} texts equal, integers off by "
-                      f"{np.abs(q - p).mean():.1f} of {self.cfg.num_bins}, at most {np.abs(q - p).max()}")
+        self.gaps = [*(self.gaps if i else []), *np.abs(q - p)]
+        equal = sum(not gap.any() for gap in self.gaps)
+        return True, (f"{equal} of {len(self.gaps)} texts equal, integers off by {np.mean(self.gaps):.2f} of "
+                      f"{self.cfg.num_bins}, at most {np.max(self.gaps)}")
 
     def same(self, ours, base, i, first=False):
         """Are the texts equal? A near tie of two logits may fall otherwise, by rounding; how near is told."""

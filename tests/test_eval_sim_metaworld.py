@@ -371,7 +371,7 @@ def test_interrupted_evaluation_goes_on_to_the_same_numbers(sim, families, numbe
     assert not idle.asked and bytes_of(tmp_path / "late") == bytes_of(tmp_path / "whole")
 
 
-def test_what_the_model_is_asked_with_is_in_the_journal_and_the_results(tmp_path):
+def test_what_the_model_is_asked_with_is_in_the_journal_and_the_results(tmp_path, capsys):
     class Warm(Model):
         def act(self, *args, heat=1.0, **how):
             return super().act(*args, **how)
@@ -382,6 +382,8 @@ def test_what_the_model_is_asked_with_is_in_the_journal_and_the_results(tmp_path
     assert json.loads((tmp_path / "results.json").read_text())["act"] == {"heat": 2.0}
     (journal := tmp_path / "episodes.jsonl").write_text("".join(journal.read_text().splitlines(keepends=True)[:2]))
     assert run(heat=3.0) == whole                                      # not gone on with: another evaluation
+    assert "episodes.jsonl: 1 episodes of an interrupted evaluation with other settings" in capsys.readouterr().out
+    assert run(heat=4.0) == whole and not capsys.readouterr().out      # that one was finished
 
 
 def test_recorded_experts_are_samples_with_points_and_play_again(stand_in, tmp_path, capsys):
@@ -527,10 +529,13 @@ def test_replay_of_another_ones_recording_is_one_line(tmp_path):
         eval_sim.main(["--replay", str(tmp_path)])
 
 
-def test_a_recording_that_went_missing_is_one_line(stand_in, tmp_path):
+def test_a_recording_that_went_missing_or_of_another_version_is_one_line(stand_in, tmp_path, monkeypatch):
     how = dict(control="expert", sim="metaworld", batch=1, progress=False, out=tmp_path / "out",
                record=tmp_path / "rec", settings={"views": ("third",), "image_size": 16})
     eval_sim.evaluate(None, None, ("push",), 2, **how)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="no recording of the same.*'metaworld': '4'"):
+        patch.setattr(eval_sim, "version", lambda name: "4")
+        eval_sim.evaluate(None, None, ("push",), 2, **how)
     journal = next((tmp_path / "out").glob("*.jsonl"))
     journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:2]))
     shutil.rmtree(tmp_path / "rec")

@@ -7,6 +7,7 @@ import builtins
 import importlib
 import json
 import math
+import shutil
 import sys
 import weakref
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ import pytest
 import test_eval_sim
 import torch
 from eval_sim import Calvin, Libero, ManiSkill, Simpler, SimplerPort
+from test_eval_sim_metaworld import bytes_of
 from test_methods import make
 
 
@@ -427,6 +429,7 @@ def test_cogacts_limits_are_its_default_and_an_option(simpler):
     stock = run("simpler", Model(), ("widowx/stack_cube",), 1, method("cogact"), settings={"limits": "stock"})
     assert stock["mean_steps"] == 60 and stock["settings"] == {"limits": "stock"}
     assert stock["published"]["widowx/stack_cube"] == 15
+    assert run("simpler", None, ("widowx/stack_cube",), 1, method("cogact"), control="random")["mean_steps"] == 120
 
 
 def test_trap_10_a_session_without_the_robot_has_its_euler_angles_turned_into_an_axis(simpler):
@@ -699,6 +702,28 @@ def test_official_calvin_is_played_in_one_go(calvin, tmp_path, capsys):
     assert go("cut") == (steps, 0)                                     # all were played
     with pytest.raises(ValueError, match="--order official --workers 2: CALVIN's one environment remembers"):
         run("calvin", Model(), ("D",), 3, settings={"order": "official"}, workers=2)
+
+
+def test_a_recording_of_calvin_has_an_episode_for_each_instruction(calvin, tmp_path):
+    data = pytest.importorskip("data")
+    pytest.importorskip("pyarrow"), pytest.importorskip("av")
+    calvin.after = 4
+    results = run("calvin", Model(), ("D",), 2, record=tmp_path / "rec", out=tmp_path / "whole")
+    assert [row["recorded"] for row in results["episodes"]] == [5, 5]
+    made = data.LeRobot(tmp_path / "rec", options={"val": "0"}, views=("third",), cache=tmp_path / "cache", horizon=6)
+    told = [f"please {task}" for row in results["episodes"] for task in row["chain"]]
+    assert [made[i]["instruction"] for i in range(0, 40, 4)] == told and len(made) == 40
+    assert made[3]["loss_mask"].tolist() == [True] + [False] * 5       # no chunk goes on into the next task
+    for episodes, played in ((200, 2), (1, 1)):
+        calvin.log.clear()
+        rows, worst = eval_sim.replay(eval_sim.recordings(tmp_path / "rec", episodes=episodes))
+        assert [row["success"] for row in rows] == [True] * played and worst == 0 and calvin.log.count("build") == played
+    cut(tmp_path, 2)                                                   # after the first sequence
+    shutil.copytree(tmp_path / "rec", tmp_path / "again")
+    for path in (tmp_path / "again/meta/episodes").rglob("file-00[5-9].parquet"):
+        path.unlink()
+    run("calvin", model := Model(), ("D",), 2, record=tmp_path / "again", out=tmp_path / "cut")
+    assert len(model.asked) == 5 and bytes_of(tmp_path / "again") == bytes_of(tmp_path / "rec")
 
 
 def test_calvins_instructions_come_from_its_clone(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """train.py. Every run is a process of its own (tests/forks.py), on synthetic samples and 155,000 weights."""
 import dataclasses
+import importlib
 import importlib.util
 import json
 import os
@@ -250,11 +251,25 @@ def test_lora_trains_adapters_resumes_and_saves_a_plain_checkpoint(run, tmp_path
     run(f"--out cut --lora 2 {flags}", term_at="step 3/8")
     run("--out cut --lora 2 --resume")
     assert same(tmp_path / "whole" / "last", tmp_path / "cut" / "last")
+    kinds = ("bf16", "fp32") if flags else ("fp32", "bf16")
+    done = run(f"--out cut --lora 2 --resume --steps 9 --dtype {kinds[1]}", rc=2)      # frozen in the other
+    assert "dtype: '{}' there, '{}' now".format(*kinds) in done.err
     names = state(tmp_path / "cut" / "last", "weights")
     assert any("lora_A" in n for n in names) and not any("q_proj.base_layer" in n for n in names)
     model = cogact.from_pretrained(tmp_path / "cut" / "last")
     trained, fresh = (load_file(tmp_path / n / "last" / "model.safetensors") for n in ("cut", "whole"))
     assert model.state_dict().keys() == trained.keys() == fresh.keys()
+
+
+def test_lora_goes_on_in_the_type_that_its_frozen_weights_were_rounded_to(tmp_path):
+    args, cfg = SimpleNamespace(model="cogact", data="", global_batch=8, official_mean=False), cogact.Config()
+    common.write_json(tmp_path / "config.json", {"method": "cogact", "config": dataclasses.asdict(cfg)})
+    common.write_json(tmp_path / "training_state" / "run.json", {"dtype": "bf16", "args": {}})
+    for args.lora, dtype in ((2, "bf16"), (0, "fp32")):
+        train.check_same_run(tmp_path, args, cfg, dtype)
+    args.lora = 2
+    with pytest.raises(ValueError, match="another one .dtype: 'bf16' there, 'fp32' now"):
+        train.check_same_run(tmp_path, args, cfg, "fp32")
 
 
 def test_set_takes_the_type_of_the_field():
@@ -321,6 +336,16 @@ def test_dry_run_shows_the_prompt_and_writes_nothing(run, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+def test_dry_run_offers_against_too_little_memory_what_is_not_in_use(tmp_path, monkeypatch, capsys):
+    (tmp_path / "toy.py").write_text(TOY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "sysconf", lambda name: 0)         # pages of memory that are free
+    for flags, offered in (("--batch 2", "--checkpointing, a smaller --batch, a smaller preset"),
+                           ("--batch 1 --checkpointing", "a smaller preset")):
+        train.main(f"{BASE} --out a --dry-run {flags} --set {SMALL}".split()[1:])
+        assert f"on cpu: too little; try {offered}\n" in capsys.readouterr().out
+
+
 def test_checkpointing_keeps_less_and_selective_keeps_products():
     cfg = dataclasses.replace(cogact.PRESETS["tiny"], llm_depth=2, dino_depth=2, siglip_depth=2, depth=2)
     kept = {}
@@ -350,14 +375,30 @@ def test_bench_measures_and_writes_nothing(run, tmp_path):
 
 
 def test_too_little_memory_is_told_before_the_first_step():
-    args, cfg = SimpleNamespace(shard=False, lora=0), SimpleNamespace(ema=0)
-    needed = train.memory_needed(torch.nn.Linear(2**15, 2**18, bias=False, device="meta"), args, cfg, 8)
+    args, cfg = SimpleNamespace(shard=False, lora=0, resume=False), SimpleNamespace(ema=0)
+    model, cuda = torch.nn.Linear(2**15, 2**18, bias=False, device="meta"), torch.device("cuda")
+    needed = train.memory_needed(model, args, cfg, 8)
     assert sum(needed.values()) == 16 * 2**33
-    train.check_memory(needed, 150 * 2**30, args, torch.device("cuda"))
-    with pytest.raises(ValueError, match="needs 128.0 GiB .* 24.0 are free .* --lora 16 or --shard over 7"):
-        train.check_memory(needed, 24 * 2**30, args, torch.device("cuda"))
+    train.check_memory(needed, 150 * 2**30, args, cfg, model, cuda)
+    with pytest.raises(ValueError, match="needs 128.0 GiB .* 24.0 are free .* Try --shard over 7 processes"):
+        train.check_memory(needed, 24 * 2**30, args, cfg, model, cuda)
     sharded = train.memory_needed(torch.nn.Linear(8, 8), SimpleNamespace(shard=True, lora=0), cfg, 8)
     assert sum(sharded.values()) == 16 * 72 / 8
+
+
+@pytest.mark.parametrize("method, preset, flags, free, offered", [
+    ("a0", "1b", {}, 16, "--shard over 2"), ("a0", "tiny", {}, 0, "--shard"),    # nothing to adapt there
+    ("cogact", "base", {}, 80, "--lora 16 or --shard over 2"), ("cogact", "base", {}, 24, "--shard over 6"),
+    ("cogact", "base", {"shard": True}, 20, "--lora 16 or more"), ("cogact", "base", {"lora": 16}, 80, "--shard"),
+    ("cogact", "base", {"resume": True}, 80, "--shard"), ("cogact", "ema", {}, 80, "--lora 16 --ema 0 or")])
+def test_what_is_offered_when_memory_is_short_would_work(method, preset, flags, free, offered):
+    module, args = importlib.import_module(method), {"shard": False, "lora": 0, "resume": False} | flags
+    cfg = {"ema": dataclasses.replace(cogact.Config(), ema=0.9)}.get(preset) or module.PRESETS[preset]
+    with torch.device("meta"):
+        model, args = module.Model(cfg), SimpleNamespace(**args)
+    needed = train.memory_needed(model, args, cfg, 2)
+    with pytest.raises(ValueError, match=f"Try {offered}.* processes or a smaller preset.$"):
+        train.check_memory(needed, max(free, 1e-9) * 2**30, args, cfg, model, torch.device("cuda"))
 
 
 def test_first_lines_say_what_runs(run):

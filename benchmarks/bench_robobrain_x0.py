@@ -206,8 +206,8 @@ class Method(bench_vla0.Method):
         a, b = (np.stack([self.chunk(ids) for ids in answers]) for answers in (ours, base))
         self.gaps = [*(self.gaps if i else []), *np.abs(a - b)]
         equal = sum(not gap.any() for gap in self.gaps)
-        return True, (f"{equal} of {len(self.gaps)} chunks equal, off by {np.mean(self.gaps):.4f} of -1 .. 1, "
-                      f"at most {np.max(self.gaps):.2f}")
+        return True, (f"{equal} of {len(self.gaps)} chunks equal, off by {np.mean(self.gaps):.3f}, at most "
+                      f"{np.max(self.gaps):.2f}, of -1 .. 1")
 
     def chunk(self, answer):
         """Ids of a constrained answer -> its first chunk (T, A), normalized."""

@@ -2912,12 +2912,13 @@ def main(argv=None):
           + f"split {a.split}; {a.batch} side by side" + f", in {a.workers} processes" * bool(a.workers))
     done = _Done(a, outs[0], len(outs) * len(controls))
     for ckpt, out in zip(a.ckpt or [None], outs):
-        method, model = find_method(ckpt, a.model) if ckpt else None, None
+        method, model, weights = find_method(ckpt, a.model) if ckpt else None, None, None
         for control in controls:
             results, acts = done.results(out, control), control not in NO_MODEL
             if results is None:
-                model = model or (load(a, method, ckpt) if acts else None)
-                checkpoint = origin(ckpt) | {
+                if acts and model is None:
+                    model, weights = load(a, method, ckpt), origin(ckpt)
+                checkpoint = weights | {
                     "preset": a.preset, "tokenizer": a.tokenizer,
                     "attn": pick_attention(a.attn, device(a.device)),
                     **{name: True for name in ("graphs", "int8") if getattr(a, name)}} if acts else None

@@ -900,12 +900,12 @@ ASSETS = LIBERO and [Path(LIBERO.submodule_search_locations[0]) / "libero/assets
 
 @pytest.mark.long
 @pytest.mark.skipif(not any(path.is_dir() for path in ASSETS or ()), reason="no hf-libero, or none of its assets")
-@pytest.mark.parametrize("suite", list(eval_sim.LIBERO_STEPS)[:4])
+@pytest.mark.parametrize("suite", eval_sim.LIBERO_STEPS)
 def test_all_tasks_of_the_real_libero_build_and_move(suite, monkeypatch):
     monkeypatch.setitem(eval_sim.LIBERO_STEPS, suite, 5)
     for family in Libero.SETS[suite]:
         row, = eval_sim.run_wave([(49, family)], None, None, "eval", "random", sim="libero", embodiment="panda")
-        assert row["steps"] == 5 and len(row["instruction"].split()) > 3
+        assert row["steps"] == 5 and len(row["instruction"].split()) > 2
 
 
 @pytest.mark.long

@@ -52,6 +52,7 @@ import shutil
 import struct
 import sys
 import textwrap
+import threading
 import zipfile
 from collections import deque
 from pathlib import Path
@@ -213,44 +214,49 @@ def word_loss(hidden, head, targets, vocab):
 
 # ---- Less time in inference -------------------------------------------------------------------------------
 
-def captured(work):
-    """A CUDA graph of work(), which has run before -> (replay, what work returns: always in the same memory).
+def captured(work, first=None, stream=None):
+    """A CUDA graph of work(), which has run before -> (graph, what work returns: always in the same memory).
 
-    Weights that autocast has cast are neither taken from outside nor handed out: they live in one memory.
+    first: a graph whose memory it shares, so what comes out is to be read before another one is replayed.
+    stream: where it is captured, of the device that work is on. Weights that autocast has cast are neither
+    taken from outside nor handed out. ValueError: it cannot be captured, and CUDA is in no state to go on.
     """
     graph = torch.cuda.CUDAGraph()
     torch.clear_autocast_cache()
     try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, first and first.pool(), stream, capture_error_mode="thread_local"):
             out = work()
-    except RuntimeError as e:
-        raise ValueError(f"--graphs: this model does what no CUDA graph can hold ({str(e).splitlines()[0]}); "
-                         "leave --graphs out.") from e
+    except RuntimeError as e:                          # leaving the region raises too, it tells less
+        why = str(e.__context__ if isinstance(e.__context__, RuntimeError) else e).splitlines()[0]
+        raise ValueError(f"--graphs: no CUDA graph could be made of this ({why}); leave --graphs out, or try "
+                         "--attn sdpa.") from e
     finally:
         torch.clear_autocast_cache()
-    return graph.replay, out
+    return graph, out
 
 
 class Graphs:
     """What a model computes again and again for tensors of the same shapes, as CUDA graphs: one launch each.
 
-    The first time it is computed, the second time captured, from then on replayed: the same kernels, so the
-    same bits. Such work reads no number back, and takes nothing from the host but the tensors that it is
-    given (tests/test_bench.py looks that it does not). capture: None leaves everything as it is. most: sets
-    of shapes that are kept; the one unused for longest goes. After the weights have moved: new Graphs.
+    The first time it is computed, the second time captured (which takes a moment), from then on replayed: the
+    same kernels, so the same bits. (transformers masks otherwise while a stream is captured: of RoboVLMs'
+    other backbones, up to rounding.) Such work reads no number back, and takes nothing from the host but the
+    tensors that it is given (tests/test_bench.py looks that it does not). capture: None leaves everything as
+    it is. most: sets of shapes that are kept; the one unused for longest goes. Two users of one set must take
+    turns. After the weights have moved: new Graphs.
     """
 
-    def __init__(self, capture=None, most=16):
-        self.capture, self.most, self.kept = capture, most, {}
+    def __init__(self, capture=None, most=64):
+        self.capture, self.most, self.kept, self.first = capture, most, {}, None
 
     def settle(self, key, tensors):
         """Tensors, brought into the memory that graphs of this key and these shapes work on -> these tensors
         (a list), and what was made there so far: a dict for `run`."""
-        key = key, *((x.shape, x.dtype) for x in tensors)
+        key = key, threading.get_ident(), *((x.shape, x.dtype) for x in tensors)  # cuBLAS is of a thread
         fixed, made = self.kept.pop(key, None) or ([x.clone() for x in tensors], {})
         self.kept[key] = fixed, made
         if len(self.kept) > self.most:
-            del self.kept[next(iter(self.kept))]
+            self.kept.pop(next(iter(self.kept)))[1].clear()    # what is in a cycle would go later
         for here, x in zip(fixed, tensors):
             here.copy_(x)
         return fixed, made
@@ -258,12 +264,14 @@ class Graphs:
     def run(self, made, name, work):
         """work(), on settled tensors; `made` keeps it as `name`. What it returns the next run overwrites."""
         if name not in made:
+            out = work()
             made[name] = None
-            return work()
+            return out
         if not made[name]:
-            made[name] = *self.capture(work), work             # ... which keeps its tensors alive
-        replay, out, _ = made[name]
-        replay()
+            made[name] = *self.capture(work, self.first), work    # ... which keeps its tensors alive
+            self.first = self.first or made[name][0]
+        graph, out, _ = made[name]
+        graph.replay()
         return out
 
     def __call__(self, work, *tensors, key=()):
@@ -275,7 +283,8 @@ class Graphs:
 
 
 def to_int8(w):
-    """A matrix (n, D) -> (int8 (n, D), one scale per row (n,) bfloat16): off by 0.4 % of a row's largest."""
+    """A matrix (n, D), D a multiple of 32 (else kernels may read beyond it) -> (int8 (n, D), a scale per row
+    (n,) bfloat16): off by 0.4 % of a row's largest number."""
     scale = (w.float().abs().amax(1) / 127).clamp(min=1e-30).bfloat16()
     return (w.float() / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 

@@ -403,6 +403,7 @@ class Tabletop:
     """
     tcp, rpy, gap, held = map(_of_arm, ("tcp", "rpy", "gap", "held"))
     suite, fps, film_every, film_ms = "tabletop", CONTROL_HZ, 1, 1000 // CONTROL_HZ
+    SETS, default, BATCH = {"all": FAMILIES, "default": DEFAULT_FAMILIES}, "default", 64
     rest = (0, 0.004)            # when all things lie still; by how much [m] one has moved that was touched
 
     def __init__(self, families=DEFAULT_FAMILIES, split="train", views=("third",), image_size=64,
@@ -1116,7 +1117,8 @@ class MetaWorld:
     gripper: "openvla" if actions end as data.py's gripper=openvla makes them, 1 = open, 0 = closed.
     """
     suite, film_ms, kept = "metaworld", 100, {}
-    SPLITS, SUBSTEPS = ("eval", "train", "val"), 10
+    SETS, default, BATCH = {"mt10": MT10, "mt50": tuple(METAWORLD)}, "mt10", 10
+    SPLITS, SUBSTEPS, count_of = ("eval", "train", "val"), 10, staticmethod(lambda family: 10)
     max_steps, goals, reached = 500, (), ()
     rest = (1, 0.010)            # before the first step, Meta-World tells some things' place wrongly
     _ready = staticmethod(lambda: import_metaworld())
@@ -1278,8 +1280,9 @@ def _need(sim, *modules):
     try:
         return [importlib.import_module(module) for module in modules]
     except (ImportError, AttributeError, RuntimeError, OSError) as e:
-        raise ValueError(f"--sim {sim}: {e}. eval_sim.py --sim {sim} --check says what is missing and how it "
-                         "is installed; if nothing is, install what is named here.") from e
+        gl = f" (with MUJOCO_GL={os.environ.get('MUJOCO_GL')})" if sim == "libero" else ""
+        raise ValueError(f"--sim {sim}: {e}{gl}. eval_sim.py --sim {sim} --check says what is missing and "
+                         "how it is installed; if nothing is, install what is named here.") from e
 
 
 def axis_angle(quaternion):
@@ -1357,9 +1360,10 @@ class Bench:
         self.count, self.done, self.other = 0, False, ""
         try:
             self._start()
-        except (RuntimeError, OSError) as e:                          # no device that draws, no such file
-            raise ValueError(f"{self.title}, {self.family}: {e}. Is all of it there? eval_sim.py --sim "
-                             f"{self.suite} --check.") from e
+        except (RuntimeError, OSError, ImportError) as e:             # no device that draws, no such file
+            modules, _, libraries = PARTS[self.suite]
+            wanted = "; ".join(dict.fromkeys(filter(None, (*modules.values(), libraries))))
+            raise ValueError(f"{self.title}, {self.family}: {e}. Is all of it there? {wanted}.") from e
 
     def _say(self, words):
         self.instruction = self.other or words
@@ -2023,8 +2027,8 @@ PARTS = {
     "metaworld": (dict.fromkeys(("metaworld", "mujoco", "gymnasium", "packaging"), "pip install "
                                 "metaworld==3.1.1 mujoco==3.3.0 gymnasium==1.4.0 packaging"), *_OPENGL),
     "libero": (dict.fromkeys(("libero", "robosuite", "bddl", "mujoco"), "pip install hf-libero==0.1.4 "
-                             "mujoco==3.3.2; the assets: the hub's lerobot/libero-assets into "
-                             "~/.cache/libero/assets"), *_OPENGL),
+                             "mujoco==3.3.2; hf download lerobot/libero-assets --repo-type dataset "
+                             "--local-dir ~/.cache/libero/assets"), *_OPENGL),
     "simpler": ({"sapien": "pip install sapien==2.2.2 'numpy<2'",
                  **dict.fromkeys(("mani_skill2_real2sim", "simpler_env"), _SIMPLER)}, *_VULKAN),
     "simpler3": (dict.fromkeys(("mani_skill", "sapien"), _MANISKILL + "; python -m "
@@ -2123,13 +2127,14 @@ class Tape:
         env, steps = self.env, zip(self.seen, self.done, self.path)
         for instruction, part in groupby(steps, lambda step: step[0]["instruction"]):
             seen, done, path = zip(*part)
-            n, stacked = len(done), {f"{view}.{what}": np.stack([one[what][view] for one in seen])
-                                     for what in ("intrinsics", "extrinsics", "images") for view in env.views}
-            images = {view: stacked.pop(f"{view}.images") for view in env.views}
+            n, images, matrices = len(done), {}, {}
+            for view in env.views:
+                images[view] = np.stack([one["images"][view] for one in seen])
+                for what in ("intrinsics", "extrinsics"):
+                    matrices[f"{view}.{what}"] = np.stack([one[what][view].ravel() for one in seen])
             yield {"images": images, "actions": np.stack(done), "instruction": instruction,
                    "state": np.stack([one["state"] for one in seen]),
-                   "waypoints": waypoints_of(env, path).reshape(n, 10),
-                   **{name: x.reshape(n, -1) for name, x in stacked.items()},
+                   "waypoints": waypoints_of(env, path).reshape(n, 10), **matrices,
                    "seed": np.full(n, env.seed), "family": np.full(n, families.index(env.family))}
 
 
@@ -2251,12 +2256,12 @@ def _journal(path, about, waves):
         for first, jobs in waves if found == head else ():
             part = [json.loads(line) for line in lines[first:first + len(jobs)]]
             rows += part if len(part) == len(jobs) else []
-        finished = results.is_file() and results.stat().st_mtime_ns >= path.stat().st_mtime_ns
         if len(rows) == sum(len(jobs) for _, jobs in waves):
-            rows = [] if finished else rows
-        elif found != head and lines and not finished:
-            tqdm.write(f"{path}: {len(lines)} episodes of an interrupted evaluation with other settings or "
-                       "versions; this one begins anew.")
+            if results.is_file() and results.stat().st_mtime_ns >= path.stat().st_mtime_ns:
+                rows = []
+        elif found != head and lines:
+            tqdm.write(f"{path}: {len(lines)} episodes of an evaluation with other settings or versions are "
+                       "overwritten, its results, too; another --out keeps both.")
         elif rows and _in_one_go(about["suite"], about["settings"]):
             tqdm.write(f"--order official: CALVIN's one environment remembers the sequences before, so the "
                        f"{len(rows)} that were played before the interruption are played again.")
@@ -2312,8 +2317,8 @@ def _writer(folder, about, model):
     if np.any(np.mod(size, 2)):
         raise ValueError(f"--record: pictures of {size} pixels; a video wants even numbers. Choose others.")
     fps = SIMS[about["suite"]](about["families"], embodiment=about["embodiment"]).fps
-    versions = [*_distributions(about["suite"]), *_clones(about["suite"])]
-    made_from = about | {"made_with": {name: about["made_with"][name] for name in versions}}
+    general = {*made_with(""), "MUJOCO_GL"}                           # the simulator's own versions count
+    made_from = about | {"made_with": {k: x for k, x in about["made_with"].items() if k not in general}}
     return LeRobotWriter(folder, fps, f"{about['suite']}, {about['embodiment']}", made_from=made_from)
 
 
@@ -2362,8 +2367,7 @@ def evaluate(model, method, families=DEFAULT_FAMILIES, episodes=200, split="eval
     about = {"suite": sim, "version": VERSION, "split": split, "families": list(families),
              "embodiment": embodiment, "control": control, "start": start, "seed": seed, "batch": batch,
              "execute": execute, "unnorm_key": unnorm_key, "act": act, "settings": settings,
-             "checkpoint": checkpoint,
-             "made_with": made_with(getattr(model, "device", "cpu"), _distributions(sim)) | _clones(sim)}
+             "checkpoint": checkpoint, "made_with": made_with(getattr(model, "device", "cpu"), sim)}
     how = dict(seed=seed, filmed=filmed, record=record and list(families), start=start, split=split, sim=sim,
                control=control, unnorm_key=unnorm_key, execute=execute, embodiment=embodiment,
                settings=settings, **act)
@@ -2488,35 +2492,26 @@ def origin(ckpt):
     return {"path": str(ckpt), "sha256": digest.hexdigest()}
 
 
-_packages = lru_cache(packages_distributions)
+_packages = lru_cache(packages_distributions)                         # of modules: PIL is Pillow's
 
 
-def _distributions(sim):
-    """What the modules of a simulator's PARTS are called where versions are asked for: PIL is Pillow's."""
-    names = _packages() if issubclass(SIMS[sim], Bench) else {}
-    return [names.get(module, [module])[0] for module in PARTS[sim][0]]
-
-
-def _clones(sim):
-    """{"MODULE's commit": what git says} of the modules of a simulator that are installed from a clone."""
-    files = {name: getattr(sys.modules.get(name), "__file__", None) for name in PARTS[sim][0]
-             if name in ("mani_skill2_real2sim", "calvin_env")}
-    return {f"{name}'s commit": _commit(Path(file).resolve().parents[1])
-            for name, file in files.items() if file}
-
-
-def made_with(device, packages=()):
+def made_with(device, sim="tabletop"):
     """Versions, commit ("-dirty": changed since; "": not a git checkout) and hardware, for the record.
 
-    packages: names of more of them; of MuJoCo also what it draws with.
+    sim: whose packages, and commits of clones, are named, too; of MuJoCo also what it draws with.
     """
+    modules, names = PARTS[sim][0], _packages() if issubclass(SIMS[sim], Bench) else {}
     found = {"python": platform.python_version()}
-    found |= {"MUJOCO_GL": os.environ.get("MUJOCO_GL")} if "mujoco" in packages else {}
-    for name in ("torch", "transformers", "numpy", "pillow", *packages):
+    found |= {"MUJOCO_GL": os.environ.get("MUJOCO_GL")} if "mujoco" in modules else {}
+    for name in ("torch", "transformers", "numpy", "pillow", *modules):
+        name = names.get(name, [name])[0]
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = None
+    for name in {"mani_skill2_real2sim", "calvin_env"} & {*modules}:
+        if file := getattr(sys.modules.get(name), "__file__", None):
+            found[f"{name}'s commit"] = _commit(Path(file).resolve().parents[1])
     commit = _commit(Path(__file__).resolve().parent)
     return {**found, "commit": commit, "hardware": f"{device}, {platform.machine()}, {os.cpu_count()} cores"}
 
@@ -2714,8 +2709,8 @@ def flags():
     policy.add_argument("--device", help="auto (default), cpu, cuda, mps, ...")
     policy.add_argument("--attn", help="attention kernel: auto (default), flash, sdpa, eager")
     policy.add_argument("--graphs", action="store_true", default=None, help="act by CUDA graphs")
-    policy.add_argument("--int8", action="store_true", default=None, help="vla0, robobrain_x0: write with "
-                        "matrices of 8 bits: sooner, and not the same numbers")
+    policy.add_argument("--int8", action="store_true", default=None, help="vla0, robobrain_x0, on a "
+                        "CPU: write with matrices of 8 bits: sooner if large, and not the same numbers")
 
     output = p.add_argument_group("output")
     output.add_argument("--out", type=Path, help="folder for results.json and film.gif (default: CKPT/eval, "
@@ -2742,7 +2737,8 @@ def parse(argv=None):
         chosen = () if a.replay == "tabletop" else ("families", "split", "body")
         idle += [(f"--replay {a.replay}", (*plays, "out", "fast_render", "gripper", *drawn, *chosen))]
     elif a.control in NO_MODEL:
-        idle += [(f"--control {a.control}", ("gripper", *policy, *(() if a.record else drawn)))]
+        unseen = () if a.record else (*drawn, "fast_render")
+        idle += [(f"--control {a.control}", ("gripper", *policy, *unseen))]
     else:
         idle += [("an evaluation of --ckpt", drawn), ("--control all", ("record",) * (a.control == "all")),
                  ("several --ckpt", ("record",) * (len(a.ckpt or ()) > 1))]
@@ -2755,26 +2751,20 @@ def parse(argv=None):
         raise ValueError("--ckpt is missing: which checkpoint should be evaluated? (Only --replay, --check "
                          f"and --control {' or '.join(NO_MODEL)} need none.)")
     world, a.ckpt = SIMS[a.sim], list(dict.fromkeys(a.ckpt or ()))
-    bench = issubclass(world, Bench)
-    sets = (world.SETS if bench else {"all": FAMILIES, "default": DEFAULT_FAMILIES} if world is Tabletop else
-            {"mt10": MT10, "mt50": tuple(METAWORLD)})
-    batch, tasks = ((world.BATCH, world.default) if bench else (64, "default") if world is Tabletop else
-                    (10, "mt10"))
-    for name, default in (("split", "eval"), ("batch", batch), ("seed", 0), ("device", "auto"),
-                          ("attn", "auto"), ("control", ""), ("workers", 0), ("families", tasks),
+    for name, default in (("split", "eval"), ("batch", world.BATCH), ("seed", 0), ("device", "auto"),
+                          ("attn", "auto"), ("control", ""), ("workers", 0), ("families", world.default),
                           ("body", BODIES[0])):
         setattr(a, name, default if getattr(a, name) is None else getattr(a, name))
     suffix = "-v3" if world is MetaWorld else ""
     a.families = tuple(dict.fromkeys(one for name in a.families.split(",")
-                                     for one in sets.get(name, (name.removesuffix(suffix),))))
+                                     for one in world.SETS.get(name, (name.removesuffix(suffix),))))
     given = {"views": a.views and tuple(a.views.split(",")), "image_size": a.image_size,
              **{name: getattr(a, name) for name in OWN_FLAGS if name not in ("body", "image_size")}}
     if a.record and a.control in NO_MODEL:
         given |= {"views": given["views"] or ("third",)}
     a.settings = {name: value for name, value in given.items() if value is not None}
     world(a.families, a.split, **a.settings)                          # an unknown family is an error here
-    a.episodes = a.episodes or (sum(map(world.count_of, a.families)) if bench else
-                                200 if world is Tabletop else 10 * len(a.families))
+    a.episodes = a.episodes or (200 if world is Tabletop else sum(map(world.count_of, a.families)))
     return a
 
 
@@ -2788,16 +2778,21 @@ def find_method(ckpt, model=None):
 
 def load_model(a, method, ckpt, **how):
     """A checkpoint's model as --preset, --tokenizer, --attn, --device, --graphs and --int8 say."""
+    import torch
     from common import Graphs, captured, device
     where = device(a.device)
     if a.graphs and where.type != "cuda":
         raise ValueError(f"--graphs: CUDA graphs need a CUDA device, this is {where}; leave it out.")
+    if a.int8 and where.type == "cuda":
+        raise ValueError("--int8 is for a CPU; on a GPU torch's kernel for it gains nothing over bf16: leave it out")
     if a.int8 and not hasattr(method.Config, "int8"):
         raise ValueError("--int8 is for methods that write actions word by word, vla0 and robobrain_x0; "
                          f"{method.__name__} does not: leave it out.")
+    gc.collect()                                                      # graphs hold the model before this one
     model = method.from_pretrained(ckpt, preset=a.preset, tokenizer=a.tokenizer, attn=a.attn, device=where,
                                    **how, **({"int8": True} if a.int8 else {}))
-    model.graphs = Graphs(captured) if a.graphs else model.graphs
+    if a.graphs:
+        model.graphs = Graphs(partial(captured, stream=torch.cuda.Stream(where)))
     return model
 
 
@@ -2808,6 +2803,7 @@ def load(a, method, ckpt):
     attn = pick_attention(a.attn, where)
     model = load_model(a, method, ckpt)
     size = sum(p.numel() for p in model.parameters()) / 1e6
+    attn += ", CUDA graphs" * bool(a.graphs) + ", 8 bits" * bool(a.int8)
     print(f"{method.__name__}, {size:.2f} M parameters, from {ckpt}, on {where}, attention {attn}; plays "
           f"{a.execute or model.cfg.execute} of the {model.cfg.horizon} actions of a chunk")
     return model
@@ -2839,7 +2835,7 @@ class _Done:
         if n > 1:                                                     # else there is nothing to remember
             about = {key: str(value) for key, value in vars(a).items() if key not in ("workers", "out")}
             self.kept["about"] = about | {"from": list(map(origin, a.ckpt)), "version": VERSION,
-                                          "made_with": made_with("", _distributions(a.sim)) | _clones(a.sim)}
+                                          "made_with": made_with("", a.sim)}
             if self.path.is_file() and (found := read_json(self.path)).get("about") == self.kept["about"]:
                 self.kept = found
 
@@ -2869,21 +2865,20 @@ def check(a):
         SIMS[a.sim]._ready()                                          # it chooses MUJOCO_GL
     for part, told in missing.items():
         print(f"missing {part}: {told}")
-    names = _packages()                                               # PIL is Pillow's
-    there = [names.get(module, [module])[0] for module in modules if module not in missing]
-    for name, found in made_with("cpu", there).items():
-        print(f"{name} {found}")
+    for name, found in made_with("cpu", a.sim).items():
+        if found is not None:
+            print(f"{name} {found}")
     if missing:
         print(f"{a.sim}: {len(missing)} parts are missing")
         return 1
     claim(out := a.out or Path())
     out.mkdir(parents=True, exist_ok=True)
     path, env, begin = out / f"check-{a.sim}.png", SIMS[a.sim](**a.settings), time.time()
-    bench, chance = isinstance(env, Bench), np.random.default_rng(0)
+    chance = np.random.default_rng(0)
     env.lay_out(seed := env.jobs(env.families[:1], 1, "eval")[0][0])
     Image.fromarray(env.picture("third")[0]).save(path)
     while env.count < 20 and not env.success():
-        env.advance(env.random_action(chance) if bench else env.expert()[0])
+        env.advance(env.random_action(chance) if isinstance(env, Bench) else env.expert()[0])
     print(f"{a.sim}, seed {seed}, {env.instruction!r}: built, drawn ({path}), {env.count} steps played: "
           f"{time.time() - begin:.1f} s")
     return 0

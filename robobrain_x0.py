@@ -133,7 +133,7 @@ class Config:
     max_words: int = 64               # tokens of a constrained sub-task
     draft: str = "previous"           # speculate with: previous (answer) | none; the answer is the same
     window: int = 8                   # tokens read per pass when speculating
-    int8: bool = False                # passes of few tokens multiply by matrices of 8 bits: other answers
+    int8: bool = False                # passes of at most 32 tokens read matrices of 8 bits: other answers
     # training
     data: str = ""
     vision_lr: float = 0.1            # the tower's learning rate, as a share of lr
@@ -1308,7 +1308,8 @@ class Reader:
     def shrink(self, version):
         """Make the layers with matrices of 8 bits, unless they are of this version of the weights."""
         if self.version != version:
-            self.small = [[to_int8(w) if w.ndim == 2 else w for w in layer] for layer in self.layers]
+            self.small = [[to_int8(w) if w.ndim == 2 and w.shape[1] % 32 == 0 else w for w in layer]
+                          for layer in self.layers]
             self.version = version
 
     def fuse(self, *parts):
@@ -1417,9 +1418,10 @@ class Writer:
         hidden = reader(rows, batch["positions"].transpose(0, 1), slots, self.cache)             # (B, L, D)
         self.commit(self.choose(hidden[torch.arange(B, device=device), self.length - 1][:, None]))
         self.graphs, self.made = graphs, None
-        if graphs.capture and (self.noise is not None or cfg.temperature == 0):        # no draws on the host
+        drawn = self.noise is None and cfg.temperature > 0     # on the host, in every pass
+        if graphs.capture and reader.alias and not drawn:
             names = [name for name in self.STATE if getattr(self, name) is not None]
-            key = id(reader), repr(cfg), mode, bool(grammar)
+            key = id(reader), reader.version, repr(cfg), mode, bool(grammar)
             fixed, self.made = graphs.settle(key, [getattr(self, name) for name in names])
             vars(self).update(zip(names, fixed))
 
@@ -1576,6 +1578,8 @@ class Model(nn.Module):
         """Mean cross-entropy over the learnt tokens of the batch; over processes and passes too, each token
         weighs the same (`weigh`). Returns (scalar, to log)."""
         hidden = self(batch).flatten(0, 1)[batch["rows"]]                           # (n, D)
+        if self.reader:
+            self.reader.version = 0                            # fused AdamW does not count _version up
         head = functools.partial(F.linear, weight=self.model.embed_tokens.weight)   # tied, (n, N)
         loss = word_loss(hidden, head, batch["targets"], self.cfg.vocab)
         return loss, {"loss": loss.detach(), "clamped": batch["clamped"].float().mean()}

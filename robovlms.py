@@ -679,8 +679,7 @@ class PaliGemma(Backbone):
     def lm(self, rows, mask=None, cache=None):
         """As Backbone.lm; all rows are multiplied by sqrt(D) first, as Gemma does."""
         # in the rows' type, so 45.25 in bf16. (transformers 5 scales in embed_tokens, `words` does not)
-        scale = torch.tensor(rows.shape[-1] ** 0.5, dtype=rows.dtype, device=rows.device)
-        return super().lm(rows * scale, mask, cache)
+        return super().lm(rows * rows.new_full((), rows.shape[-1] ** 0.5), mask, cache)
 
 
 class Llava(Backbone):
@@ -738,7 +737,7 @@ class Qwen(Backbone):
         x = self.ln_kv(self.kv_proj(x))                                                # (N, P, D)
         q = (self.ln_q(self.query) + self.asked).expand(len(x), -1, -1)                # (N, 256, D)
         x = self.proj(self.ln_post(self.pool(q, x + self.places, x, need_weights=False)[0]))
-        start, end = self.embedding.weight[self.ids][:, None, None].expand(-1, len(x), -1, -1)
+        start, end = (self.embedding.weight[i].expand(len(x), 1, -1) for i in self.ids)    # no list: a copy
         return torch.cat([start, x, end], 1)                                           # (N, 258, D)
 
 

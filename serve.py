@@ -324,6 +324,7 @@ class Service:
         self.info = {"method": self.method.__name__, "preset": model.preset, "checkpoint": checkpoint,
                      "predicts": self.method.PREDICTS, "version": installed,
                      "device": str(model.device), "attention": model.attn,
+                     "graphs": model.graphs.capture is not None,
                      "views": {view: [size, size] if size else None for view in self.cfg.views},   # None: any
                      "state_dim": getattr(self.cfg, "state_dim", 0),
                      "horizon": self.cfg.horizon, "action_dim": self.cfg.action_dim,
@@ -334,9 +335,10 @@ class Service:
                      "sim": {body: list(FAMILIES + PAIRS) for body in BODIES if self.fits(body)}}
         black = {view: np.zeros((size or 240, size or 320, 3), np.uint8) for view in self.cfg.views}
         state = np.zeros(self.info["state_dim"], np.float32)
-        (answer,) = self.predict([{"images": black, "instruction": "warm up", "state": state}], key)
-        if isinstance(answer, Exception):
-            raise answer
+        for _ in range(2 if model.graphs.capture else 1):      # what no graph can hold fails here, not later
+            (answer,) = self.predict([{"images": black, "instruction": "warm up", "state": state}], key)
+            if isinstance(answer, Exception):
+                raise answer
         self.times, self.asked = {"": Times()}, 0                            # the first one is slow
 
     def policy(self, key):
@@ -1224,7 +1226,7 @@ def main():
     how.add_argument("--attn", default="auto", help="auto, flash, sdpa, eager")
     how.add_argument("--graphs", action="store_true", help="act by CUDA graphs: a GPU waits less")
     how.add_argument("--int8", action="store_true",
-                     help="vla0, robobrain_x0: write with matrices of 8 bits: sooner, not the same numbers")
+                     help="vla0, robobrain_x0, on a CPU: write with matrices of 8 bits: not the same numbers")
     net = p.add_argument_group("network")
     net.add_argument("--host", default="127.0.0.1", help="0.0.0.0: the whole network, with --token")
     net.add_argument("--port", type=within(0, 65535), default=8000, help="port; 0 takes a free one")

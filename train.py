@@ -50,8 +50,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 import common
@@ -133,6 +134,8 @@ def parse(argv):
         begun = common.read_json(args.out / "run.json").get("launch")          # torchrun --max-restarts
         args.resume |= begun == os.environ["TORCHELASTIC_RUN_ID"]
         args.overwrite &= not args.resume
+    if args.resume and args.overwrite:
+        raise ValueError("--resume continues the run in --out, --overwrite replaces it: give one of the two.")
     if args.resume:
         if not args.out.is_dir():
             raise ValueError(f"--resume: there is no run in {args.out}. Leave --resume away to start one.")
@@ -373,7 +376,7 @@ def wrap(model, args, device, dtype, world):
             block.forward = torch.compile(block.forward)
     if not args.shard:
         step = Step(model.to(device))
-        return nn.parallel.DistributedDataParallel(step) if world > 1 else step
+        return nn.parallel.DistributedDataParallel(step, gradient_as_bucket_view=True) if world > 1 else step
     # Blocks are gathered and computed in bf16 and hand on float32, as autocast has it without FSDP. What is
     # in no block is small and stays float32, so act() with its float32 action head runs on a sharded model.
     low = (torch.bfloat16, torch.float32, torch.float32) if dtype == torch.bfloat16 else ()
@@ -515,7 +518,11 @@ def claim(args, about):
     out = args.out
     eval_sim.claim(out)
     if not (args.resume and (out / "run.json").is_file()):
+        here = checkpoints(out)
         put_back(out)
+        if args.resume and checkpoints(out) and not here:
+            raise ValueError(f"--resume: the run in {out} was being replaced, now it is back. Give the same "
+                             "command again to continue it, or --overwrite instead of --resume.")
     used = out.is_dir() and any(p.name[0] != "." and p.name != "run.json" for p in out.iterdir())
     if used and not (args.resume or args.overwrite):
         raise ValueError(f"--out {out} is not empty. Continue that run with --resume, replace it with "
@@ -678,6 +685,22 @@ def write(args, step, model, weights, state, about, rank, world):
 
 
 # ---- What is measured and printed -------------------------------------------------------------------------
+
+class Flops(TorchDispatchMode):
+    """Counts a training step's FLOPs while its forward pass runs: three of it, one of what is frozen (A0's
+    encoders run without gradients). Matrix products and attention; what is computed again does not count."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            times = 3 if torch.is_grad_enabled() else 1
+            self.total += times * flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
 
 def measured_peak(device, dtype):
     """FLOP/s of a large matrix product, here and now: the denominator of mfu."""
@@ -1000,23 +1023,24 @@ def run(cleanup, args, module, cfg, found):
             elif world > 1:
                 wrapped.require_backward_grad_sync = last      # as DDP's no_sync() does
             plain = contextlib.nullcontext()
-            counter, kernels = (plain, plain) if flops else (FlopCounterMode(display=False), common.Kernels())
+            counter, kernels = (plain, plain) if flops else (Flops(), common.Kernels())
             # what is compiled while a mode looks on is skipped for good: the pass that is counted stays eager
             with precision(), counter, kernels, plain if flops else eager(args):
                 loss, logs = wrapped(to_device(batch, device))
             share = weights[i] / everything
             (loss * share * world).backward()
+            loss = loss.detach()                               # the graph goes
             if not flops:
-                flops = counter.get_total_flops()              # of one forward pass
+                flops = counter.total * (2 / 3 if args.lora else 1)    # frozen weights need no gradient
                 bar.write(f"attention was computed by: {kernels}") if rank == 0 else None
-            for name, value in ({"loss": loss.detach()} | logs).items():
+            for name, value in ({"loss": loss} | logs).items():
                 sums[name] = sums.get(name, 0) + value.float() * share
 
         # ---- update
         norm = nn.utils.clip_grad_norm_(params.values(), cfg.grad_clip or math.inf)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        for group, lr in zip(optimizer.param_groups, full_lr):
-            group["lr"] = lr * lr_factor(cfg, step - 1)
+        for i, lr in enumerate(full_lr):
+            optimizer.param_groups[i]["lr"] = lr * lr_factor(cfg, step - 1)
         optimizer.step()
         optimizer.zero_grad()
         if average:                                            # a shorter memory in the first steps
@@ -1024,7 +1048,7 @@ def run(cleanup, args, module, cfg, found):
             decay = module.ema_decay(step - 1, cfg.ema) if hasattr(module, "ema_decay") else decay
             torch._foreach_lerp_(average, [local(p).detach() for p in params.values()], 1 - decay)
         sums["grad"] = sums.get("grad", 0) + norm / world
-        finite = torch.isfinite(loss.detach()) & torch.isfinite(norm)
+        finite = torch.isfinite(loss) & torch.isfinite(norm)
         first_bad = torch.where(finite, first_bad, first_bad.clamp(max=step))
 
         # ---- log
@@ -1038,10 +1062,9 @@ def run(cleanup, args, module, cfg, found):
             if world > 1:
                 dist.all_reduce(means)
             seconds = (time.perf_counter() - clock) / len(names)
-            model_flops = (2 if args.lora else 3) * flops * accumulation   # 2: frozen weights need none
             row = dict(zip(sums, means.tolist())) | {
                 "lr": optimizer.param_groups[0]["lr"], "ms": seconds * 1e3,
-                "samples_per_s": args.global_batch / seconds, "mfu": model_flops / seconds / peak,
+                "samples_per_s": args.global_batch / seconds, "mfu": flops * accumulation / seconds / peak,
                 "mem_gib": memory_used(device) / 2**30, "data_wait_ms": waited / len(names) * 1e3}
             if rank == 0:
                 bar.write(status(step, cfg.steps, row))
@@ -1076,7 +1099,7 @@ def run(cleanup, args, module, cfg, found):
     cleanup.close()
     # Memory for the evaluation. And DDP must let go of the process group before that is destroyed: gloo's
     # destructor waits for a thread that may wait for Python (torch 2.13: one run of 20 hung).
-    del wrapped, model, optimizer, params, average, checks
+    del wrapped, model, optimizer, params, groups, average, checks
     gc.collect()
     if dist.is_initialized():
         dist.all_reduce(torch.zeros(1))                        # nobody leaves while another needs it

@@ -117,7 +117,8 @@ class Config:
     redraft: str = "jacobi"           # after a wrong guess: jacobi, guess this pass' words | align, keep the
     #                                   draft; both move along where a number grows or shrinks
     window: int = 0                   # tokens read per pass; 0: the whole draft; 1: symbol by symbol
-    int8: bool = False                # passes of few tokens multiply by matrices of 8 bits: other texts
+    int8: bool = False                # passes of at most 32 tokens read matrices of 8 bits: other texts, and
+    #                                   with them the text depends on the draft
     max_new_tokens: int = 1024        # official; a number that it cuts is dropped: parse_failed
     # data and training
     mask_max: float = 0.4             # at most this share of the answer's characters is hidden ...
@@ -619,7 +620,8 @@ class Reader:
     def shrink(self, version):
         """Make the layers with matrices of 8 bits, unless they are of this version of the weights."""
         if self.version != version:
-            self.small = [[to_int8(w) if w.ndim == 2 else w for w in layer] for layer in self.layers]
+            self.small = [[to_int8(w) if w.ndim == 2 and w.shape[1] % 32 == 0 else w for w in layer]
+                          for layer in self.layers]
             self.version = version
 
     def fuse(self, *parts):
@@ -705,7 +707,7 @@ class Writer:
         self.limit = min(cfg.max_new_tokens, whole) if cfg.grammar else cfg.max_new_tokens
         longest = min(self.limit, max([len(d) for d in drafts if d], default=0))
         self.window = cfg.window or (longest + cfg.digits if longest else 1 + cfg.grammar)
-        if graphs.capture and self.window > 2:                 # drafts of all lengths in few shapes
+        if graphs.capture and self.window > 2 and not cfg.window:      # drafts of all lengths in few shapes
             self.window = -(-self.window // 32) * 32
         self.looks = looks or (1 if self.window > 2 or device.type == "cpu" else 16)
         size = 1 + self.limit + self.window
@@ -729,9 +731,10 @@ class Writer:
         last = hidden[torch.arange(B, device=device), self.length - 1][:, None]                  # (B, 1, D)
         self.commit(self.choose(reader.logits(last)))
         self.graphs, self.made = graphs, None
-        if graphs.capture:
+        if graphs.capture and reader.alias:                    # (a copy of the weights is of one call)
             names = [name for name in self.STATE if getattr(self, name) is not None]
-            fixed, self.made = graphs.settle((id(reader), repr(cfg)), [getattr(self, name) for name in names])
+            fixed, self.made = graphs.settle((id(reader), reader.version, repr(cfg)),
+                                             [getattr(self, name) for name in names])
             vars(self).update(zip(names, fixed))
 
     def go(self, window):
@@ -893,6 +896,8 @@ class Model(nn.Module):
         Over processes, each token weighs the same (`weigh`); officially each process does: --official-mean.
         """
         hidden = self(batch).flatten(0, 1)[batch["rows"]]                           # (n, D)
+        if self.reader:
+            self.reader.version = 0                            # fused AdamW does not count _version up
         head = functools.partial(F.linear, weight=self.model.embed_tokens.weight)   # tied, (n, N)
         loss = word_loss(hidden, head, batch["targets"], self.cfg.vocab)
         return loss, {"loss": loss.detach(), "clamped": batch["clamped"].float().mean()}

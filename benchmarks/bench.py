@@ -702,11 +702,13 @@ def rows_of(name, what, args):
             yield row | {"variant": variant} | fields
         return
     if args.graphs:
-        bench.model.graphs, row["compile"] = common.Graphs(common.captured), "CUDA graphs"
+        bench.model.graphs, row["compile"] = common.Graphs(functools.partial(
+            common.captured, stream=torch.cuda.Stream(bench.device))), "CUDA graphs"
     if bench.device.type == "cpu":
         row["note"] = "a CPU ratio at tiny width is host overhead, not speed-up"
     for variant in bench.variants[what]:
         able = bench.device.type == "cuda" or variant not in bench.cuda_only
+        able &= variant != "cold" or not args.graphs           # a fresh model has none
         if able and (args.variant is None or variant in args.variant):
             try:
                 yield row | {"variant": variant, "attn": bench.model.attn} | fields_of(bench, variant)

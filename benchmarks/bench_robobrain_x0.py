@@ -186,9 +186,11 @@ class Method(bench_vla0.Method):
         def base(i):
             out = self.base.generate(fed[i % len(fed)], cfg, grammar)
             return out if repeats else out[0]
-        writers = [self.writer(batch, variant, drafts[i % len(drafts)]) for i, batch in enumerate(batches)]
-        for writer in writers:
-            self.finish(writer)
+        writers = []
+        for i, batch in enumerate(batches):                    # one by one: they may share the graphs' memory
+            writers.append(self.writer(batch, variant, drafts[i % len(drafts)]))
+            self.finish(writers[-1])
+            vars(writers[-1]).update({k: getattr(writers[-1], k).clone() for k in ("passes", "count")})
         passes, tokens = (torch.cat([getattr(w, k) for w in writers]).float().mean().item()
                           for k in ("passes", "count"))
         told = "own output: an upper bound" if self.how[variant][1] else "none"

@@ -246,8 +246,11 @@ class Method(Bench):
             about["weights"] = "random, row of the end token zero"
         if variant == "hf-static":
             return self.case(functools.partial(base, cache_implementation="static"), base, same, **about)
-        writers = [self.writer(batch, cfg, of) for batch, of in zip(batches, drafts)]
-        texts = [text for writer in writers for text in self.finish(writer, first)]
+        writers, texts = [], []
+        for batch, of in zip(batches, drafts):                 # one by one: they may share the graphs' memory
+            writers.append(self.writer(batch, cfg, of))
+            texts += self.finish(writers[-1], first)
+            vars(writers[-1]).update({k: getattr(writers[-1], k).clone() for k in ("passes", "count")})
         passes, tokens = (torch.cat([getattr(w, k) for w in writers]).float().mean().item()
                           for k in ("passes", "count"))
         about |= {"draft": told, "forwards": round(passes, 2), "tokens_out": round(tokens, 1),

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from test_methods import Tape, make
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import masking_utils
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -22,6 +24,7 @@ import cogact  # noqa: E402
 import common  # noqa: E402
 import eval_sim  # noqa: E402
 import robobrain_x0  # noqa: E402
+import robovlms  # noqa: E402
 import vla0  # noqa: E402
 
 QUICK = "--rounds 1 --inner 1 --warmup 0 --check"
@@ -241,12 +244,38 @@ def test_what_a_graph_would_capture_reads_no_number_and_copies_nothing(method):
                 work()
 
 
+@pytest.mark.parametrize("backbone", robovlms.ADAPTERS)
+def test_a_graph_would_hold_a_frame_of_every_backbone(backbone, monkeypatch):
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda *_: True)      # as while a CUDA stream is captured
+    model = make(robovlms, backbone=backbone, history=2).to("meta")
+    side, views = model.cfg.image_size, len(model.cfg.views)
+    images = torch.zeros(1, 1, views, side, side, 3, dtype=torch.uint8, device="meta")
+    ids = torch.zeros(1, 9, dtype=torch.long, device="meta")
+    with torch.no_grad():
+        model.frame(images, ids)
+        with Captured(), Made():
+            model.frame(images, ids)
+
+
 @pytest.mark.parametrize("bad", [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: x.cpu() + 1,
                                  lambda x: x + torch.tensor([1.0], device="meta"), lambda x: bool(x.any()),
                                  lambda x: x.copy_(torch.ones(3)), lambda x: torch.unique(x)])
 def test_a_graph_refuses(bad):
     with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), Captured(), Made():
         bad(torch.ones(3, device="meta"))
+
+
+@pytest.mark.parametrize("method, variant", [("vla0", "eager"), ("robobrain_x0", "spec:oracle")])
+def test_what_is_told_of_writers_is_the_same_with_graphs(method, variant):
+    told = []
+    for capture in (None, Tape.capture):
+        torch.manual_seed(0)
+        args = bench.parse(f"{method} decode --variant {variant} --batch 1 --baseline none {SMALL[method]}".split())
+        b = bench.method(method)(args, "decode")
+        b.model.graphs = common.Graphs(capture)
+        case = b.decode(variant)
+        told.append((case.about["forwards"], case.about["tokens_out"], [s.times for s in case.floor()]))
+    assert told[0] == told[1]
 
 
 # ---- the closed loop --------------------------------------------------------------------------------------

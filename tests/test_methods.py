@@ -1,12 +1,16 @@
 """What holds for every method: one file and common.py, save and load, act, what a user can get wrong."""
 import ast
+import contextlib
 import dataclasses
+import gc
 import importlib
 import importlib.util
 import inspect
 import json
 import re
 import shutil
+import threading
+import weakref
 from types import SimpleNamespace
 
 import common
@@ -470,17 +474,17 @@ class Tape(TorchDispatchMode):
                     old.copy_(new)
 
     @classmethod
-    def capture(cls, work):
+    def capture(cls, work, first=None):
         with cls() as tape:
             out = work()
         for x, value in reversed(tape.before):
             x.copy_(value)
-        return tape.replay, out
+        return tape, out
 
 
 def replays(graphs):
     """What was captured: replay functions."""
-    return [kept[0] for _, made in graphs.kept.values() for kept in made.values() if kept]
+    return [kept[0].replay for _, made in graphs.kept.values() for kept in made.values() if kept]
 
 
 def test_acting_with_graphs_is_the_same_to_the_bit(method):
@@ -515,10 +519,76 @@ def test_graphs_forget_the_shapes_unused_for_longest():
     graphs, x = common.Graphs(Tape.capture, most=2), torch.ones(4)
     for n in (1, 2, 2, 1, 3, 1):
         assert torch.equal(graphs(torch.neg, x[:n]), -x[:n])
-    assert [shape for (_, (shape, _)) in graphs.kept] == [(3,), (1,)] and len(replays(graphs)) == 1
+    assert [shape for (*_, (shape, _)) in graphs.kept] == [(3,), (1,)] and len(replays(graphs)) == 1
     with pytest.raises(AssertionError, match="_local_scalar_dense"):       # a number read back: no graph holds it
         for _ in range(2):
             graphs(lambda x: x * x.sum().item(), x)
+
+
+def test_graphs_are_of_a_thread_and_only_of_what_has_run():
+    calls, graphs = [], common.Graphs(lambda work, first: calls.append("capture") or Tape.capture(work))
+
+    def work(x):
+        calls.append("run")
+        if len(calls) == 1:
+            raise MemoryError
+        return x + 1
+    with pytest.raises(MemoryError):
+        graphs(work, torch.ones(1))
+    graphs(work, torch.ones(1))
+    other = threading.Thread(target=lambda: graphs(work, torch.ones(1)))
+    other.start(), other.join()
+    assert calls == ["run"] * 3                                # CUDA's libraries are not ready before that
+
+
+def test_what_is_evicted_goes_at_once():
+    graphs = common.Graphs(Tape.capture, most=1)
+    for n in (1, 1, 2, 2):                                     # (the first graph's memory all others share: it stays)
+        graphs(torch.neg, torch.ones(n))
+    second = weakref.ref(next(iter(graphs.kept.values()))[1][""][0])
+    gc.collect(), gc.disable()
+    graphs(torch.neg, torch.ones(3))
+    gc.enable()
+    assert second() is None
+
+
+def test_a_capture_is_on_its_own_device_and_tells_why_it_failed(monkeypatch):
+    asked = []
+
+    @contextlib.contextmanager
+    def graph(*args, **how):
+        asked.append(args)
+        try:
+            yield
+        except RuntimeError:                                   # so torch 2.13 leaves a capture that failed
+            raise RuntimeError("operation failed due to a previous error") from None
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(pool=lambda: "pool"))
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    first, out = common.captured(lambda: 5, stream="of cuda:1")
+    assert out == 5 and common.captured(lambda: 6, first, "of cuda:1")[1] == 6
+    assert [args[1:] for args in asked] == [(None, "of cuda:1"), ("pool", "of cuda:1")]
+
+    def work():
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+    with pytest.raises(ValueError, match="not permitted when stream is capturing.; leave --graphs out") as e:
+        common.captured(work)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["vla0", "robobrain_x0"])
+def test_graphs_with_matrices_of_8_bits_see_new_weights(name):
+    method = importlib.import_module(name)
+    model, key = make(method, int8=True), {"vla0": "texts", "robobrain_x0": "ids"}[name]
+    seen, graphs = samples(model.cfg, 1), common.Graphs(Tape.capture)
+    optimizer, found = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True), []
+    for _ in range(2):
+        model.graphs = graphs
+        found.append([model.act(seen)[1][key] for _ in range(2)])
+        model.graphs, model.reader = common.Graphs(), None
+        assert found[-1] == [model.act(seen)[1][key]] * 2
+        model.loss(batch_of(method, model, samples(model.cfg, 2)))[0].backward()
+        optimizer.step()
+    assert found[0] != found[1]
 
 
 @pytest.mark.parametrize("name", ["vla0", "robobrain_x0"])
@@ -537,10 +607,12 @@ def test_matrices_of_8_bits_read_nearly_the_same(name, tmp_path):
     assert torch.equal(prompt, prompt8) and 0 < (few8 - few).norm() < 0.05 * few.norm()
     w = model.model.layers[0].mlp.down_proj.weight
     with torch.no_grad(), model.reading(True) as reader:
-        w.mul_(2)                                              # as an optimizer's step
+        w.mul_(2)
     with model.reading(True) as reader:
         q, scale = reader.small[0][-1]
         assert (q * scale.float()[:, None] - w).abs().max() <= 0.51 * scale.max() + 0.004 * w.abs().max()
+    odd = make(method, int8=True, llm_mlp=36)                  # a kernel would read beyond such rows: they stay
+    assert odd.act(samples(odd.cfg, 1))[1]["tokens"] > 0 and odd.reader.small[0][-1].shape[1] == 36
     model.save_pretrained(tmp_path / "ckpt")
     flags = SimpleNamespace(preset=None, tokenizer=None, attn="auto", device="cpu", graphs=None, int8=True)
     again = eval_sim.load_model(flags, method, tmp_path / "ckpt")                      # --int8

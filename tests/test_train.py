@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,8 +18,11 @@ import numpy as np
 import pytest
 import torch
 import train
+from common import METHODS
 from safetensors.torch import load_file, save_file
+from test_methods import batch_of, make, samples
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 TOY = '''
 import numpy as np
@@ -202,6 +206,17 @@ def test_a_run_goes_on_with_another_number_of_processes(run, tmp_path):
     assert len(whole) == len(moved) == 5 and all(abs(a - b) < 1e-3 for a, b in zip(whole, moved))
 
 
+def test_resume_of_a_run_whose_replacement_was_killed_early_mixes_no_two_runs(run, tmp_path):
+    run("--out a --steps 2")
+    for path in list((tmp_path / "a").iterdir()):              # killed before it wrote its own run.json
+        (tmp_path / "a" / ".replaced").mkdir(exist_ok=True)
+        path.rename(tmp_path / "a" / ".replaced" / path.name)
+    assert "now it is back" in run("--out a --steps 4 --resume", rc=2).err
+    assert "resuming a/step-000002" in run("--out a --steps 4 --resume").out
+    assert len(losses(tmp_path / "a")) == 4 and not (tmp_path / "a" / ".replaced").exists()
+    assert "give one of the two" in run("--out a --resume --overwrite", rc=2).err
+
+
 def test_old_checkpoints_are_pruned_and_last_points_to_the_newest(run, tmp_path):
     run("--out a --keep 3 --save-every 1")
     kept = sorted(p.name for p in (tmp_path / "a").glob("step-*"))
@@ -363,6 +378,37 @@ def test_checkpointing_keeps_less_and_selective_keeps_products():
             (out[0] if isinstance(out, tuple) else out).sum().backward()
         kept[kind] = products.seen
     assert kept["full"] > kept["selective"] == kept[None]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_flops_of_a_step_are_three_forward_passes_but_one_of_what_has_no_gradient(method):
+    module, frozen = importlib.import_module(method), FlopCounterMode(display=False)
+    model = make(module).train()
+    batch = batch_of(module, model, samples(model.cfg, 2))
+    model.loss(batch)                                          # A0 keeps what it has read
+    with train.Flops() as flops, FlopCounterMode(display=False) as forward:
+        model.loss(batch)
+    if method == "a0":
+        with frozen:
+            model.see(batch["images"].flatten(0, 1))
+        assert frozen.get_total_flops() > 0
+    assert flops.total == 3 * forward.get_total_flops() - 2 * frozen.get_total_flops() > 0
+
+
+def test_nothing_of_the_training_is_left_in_memory_for_the_evaluation(tmp_path, monkeypatch):
+    """Between the two, torch.set_num_threads is called."""
+    alive, left, build = [], [], train.build
+    (tmp_path / "toy.py").write_text(TOY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: left.extend(x() for x in alive if x() is not None))
+
+    def watched(*args):
+        model = build(*args)
+        alive.extend(weakref.ref(p) for p in model.parameters())
+        return model
+    monkeypatch.setattr(train, "build", watched)
+    train.main(f"{BASE} --out a --steps 2 --ema 0.5 --set {SMALL}".split()[1:])
+    assert alive and not left
 
 
 def test_bench_measures_and_writes_nothing(run, tmp_path):

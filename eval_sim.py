@@ -2784,7 +2784,7 @@ def load_model(a, method, ckpt, **how):
     if a.graphs and where.type != "cuda":
         raise ValueError(f"--graphs: CUDA graphs need a CUDA device, this is {where}; leave it out.")
     if a.int8 and where.type == "cuda":
-        raise ValueError("--int8 is for a CPU: on a GPU torch's kernel gains nothing over bf16; leave it out.")
+        raise ValueError("--int8 is for a CPU: torch's GPU kernel is no faster than bf16; leave it out.")
     if a.int8 and not hasattr(method.Config, "int8"):
         raise ValueError("--int8 is for methods that write actions word by word, vla0 and robobrain_x0; "
                          f"{method.__name__} does not: leave it out.")

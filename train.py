@@ -62,6 +62,7 @@ from common import METHODS, check_config, choose, within
 
 HERE = Path(__file__).resolve().parent
 NEVER = 2**62                                                  # "no step": larger than any
+PATIENCE = timedelta(hours=2)                                  # of a process that waits for another
 WARM_UP = 3                                                    # steps before those that --bench counts
 KEPT = [getattr(torch.ops.aten, name).default for name in (    # --checkpointing selective: not computed again
     "mm", "addmm", "bmm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
@@ -130,8 +131,8 @@ def parse(argv):
     args = p.parse_args(argv)
     choose("--model: there is no method", args.model, METHODS)
     args.out = args.out or Path("runs") / f"{args.model}-{args.preset}"
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and (args.out / "run.json").is_file():
-        begun = common.read_json(args.out / "run.json").get("launch")          # torchrun --max-restarts
+    if restarted() and (args.out / "run.json").is_file():
+        begun = common.read_json(args.out / "run.json").get("launch")
         args.resume |= begun == os.environ["TORCHELASTIC_RUN_ID"]
         args.overwrite &= not args.resume
     if args.resume and args.overwrite:
@@ -886,6 +887,31 @@ def own_store(shared, rank, world):
     return dist.PrefixStore(shared.get(mine).decode(), shared)
 
 
+@functools.cache
+def launchers_store():
+    """The store that all processes reach; kept, because rank 0 may be its server."""
+    return next(dist.rendezvous("env://", timeout=PATIENCE))[0]
+
+
+def meet(rank, world):
+    """own_store of the launcher's store; of a process alone, one of its own."""
+    return own_store(launchers_store(), rank, world) if world > 1 else dist.HashStore()
+
+
+def restarted():
+    """Has torchrun --max-restarts started any process again? Collective: a node counts its own failures."""
+    here, most = (int(os.environ.get(f"TORCHELASTIC_{x}", "0")) for x in ("RESTART_COUNT", "MAX_RESTARTS"))
+    if not most:
+        return False
+    rank, _, world = common.rank_info()
+    store = meet(rank, world)
+    store.add("restarts", here)
+    store.add("here", 1)
+    while store.add("here", 0) < world:
+        time.sleep(0.05)
+    return store.add("restarts", 0) > 0
+
+
 def main(argv=None):
     """The command line."""
     with contextlib.ExitStack() as cleanup:                    # bar, log, signals: closed however a run ends
@@ -927,10 +953,13 @@ def run(cleanup, args, module, cfg, found):
     if world > 1 or args.shard:
         backend = "gloo" if device.type == "cpu" else (
             f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}")
-        patience, store = timedelta(hours=2), dist.HashStore()
-        if world > 1:
-            store = own_store(next(dist.rendezvous("env://", timeout=patience))[0], rank, world)
-        dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=world)
+        dist.init_process_group(backend, timeout=PATIENCE, store=meet(rank, world), rank=rank,
+                                world_size=world)
+        seen = [None] * world
+        dist.all_gather_object(seen, str(found))
+        if len(set(seen)) > 1:
+            raise ValueError(f"--resume: in {args.out}, rank 0 sees {seen[0]}, others {set(seen[1:])}. All "
+                             "nodes must see the same files there.")
 
     # ---- data, model, optimizer
     train, val = open_data(args, cfg, module.PREDICTS)
@@ -974,7 +1003,7 @@ def run(cleanup, args, module, cfg, found):
     say(f"samples per step {args.global_batch} = {cfg.batch} x {world} processes x "
         f"{accumulation} accumulated")
     say(f"data {args.data}: {counts[0]} training and {counts[1]} validation samples, {workers} workers")
-    say(f"attention {attn}, device {device}, {'bf16' if bf16 else 'fp32'}, {how}; mfu is a share of "
+    say(f"attention {attn}, device {device}, {kind}, {how}; mfu is a share of "
         f"{short(peak)}FLOP/s, measured now")
     if args.dry_run:
         return dry_run(say, wrapped, model, next(batches), needed, device, precision, args, cfg)

@@ -175,28 +175,59 @@ def test_processes_never_meet_where_the_dead_ones_of_the_last_start_did():
             assert all(store.get("here") == str(start).encode() for store in stores)
 
 
+def test_a_restart_of_one_node_is_one_of_all(monkeypatch):
+    """torchrun tells each worker how often its own node failed."""
+    shared, node = torch.distributed.HashStore(), {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    monkeypatch.setattr(train, "meet", lambda rank, world: shared)
+    for name, value in (node | {"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_RESTART_COUNT": "0"}).items():
+        monkeypatch.setenv(name, value)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(train.restarted)
+        while shared.add("here", 0) < 1:
+            time.sleep(0.01)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        assert train.restarted() and other.result(9)
+
+
+def test_nodes_that_see_other_checkpoints_do_not_go_on(place, tmp_path):
+    run, nodes = place("a0", "nodes", "--steps 2 --save-every 1"), tmp_path / "nodes.py"
+    nodes.write_text("import common, os, train\nos.chdir(os.environ['RANK'])\ncommon.cli(train.main)\n")
+    for node in "01":
+        shutil.copytree(run.parent, tmp_path / node / "out", symlinks=True)
+    shutil.rmtree(tmp_path / "1" / "out" / "step-000002")
+    again = f"{nodes} --model a0 --out out --resume --batch 6 --init none"
+    done = forks.shared()(again, cwd=tmp_path, world=2)
+    assert done.rc == 2 and "rank 0 sees out/step-000002, others {'out/step-000001'}" in done.err
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("flags", ["--shard", "--ema 0.9", "--overwrite"])
-def test_a_killed_worker_costs_at_most_the_steps_since_the_last_checkpoint(place, flags):
-    """torchrun starts the workers again; the run continues by itself, --overwrite or not."""
+@pytest.mark.parametrize("flags, nodes", [
+    ("--shard", 1), ("--ema 0.9", 1), ("--overwrite", 1), ("--keep 3", 2)])
+def test_a_killed_worker_costs_at_most_the_steps_since_the_last_checkpoint(place, flags, nodes):
+    """torchrun starts the workers again, of all nodes; the run continues by itself, --overwrite or not."""
     name = flags.strip("-").replace(" ", "")
     whole = place("a0", f"whole-{name}", f"--steps 40 --save-every 5 {flags}", 2)
     out = whole.parent.with_name(f"killed-{name}")
     flags = f"--out {out} --init a0.safetensors --batch 6 --steps 40 --save-every 5 {flags}"
     script, *words = command("a0", flags).split()
-    run = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         "--max-restarts=2", forks.ROOT / script, *words], cwd=out.parent, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    where = f"--rdzv-backend=c10d --rdzv-endpoint=localhost:{random.randint(20000, 30000)}" * (nodes > 1)
+    read, write = os.pipe()
+    runs = [subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *(where or "--standalone").split(),
+         f"--nnodes={nodes}", f"--nproc_per_node={2 // nodes}", "--max-restarts=2",
+         forks.ROOT / script, *words], cwd=out.parent, stdout=write, stderr=subprocess.STDOUT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}) for _ in range(nodes)]
+    os.close(write)
     moments, saved, text = [random.randint(8, 18), random.randint(22, 36)], [], ""
-    for line in run.stdout:
+    for line in open(read, errors="replace"):
         text += line
         step = re.search(r"step (\d+)/40", line)
         if moments and step and int(step[1]) >= moments[0]:
             del moments[0]
             saved.append(train.checkpoints(out)[-1].name if train.checkpoints(out) else "")
-            os.kill(random.choice(workers_of(run.pid)), signal.SIGKILL)
-    assert run.wait() == 0 and not moments, text
+            workers = [pid for run in runs for pid in workers_of(run.pid)]
+            os.kill(random.choice(workers), signal.SIGKILL)
+    assert not any(run.wait() for run in runs) and not moments, text
     starts = re.findall(r"resuming \S+(step-\d+) at step", text)
     assert len(starts) >= 2 and starts[0] >= saved[0] and starts[-1] >= saved[1] >= "step-000015", text
     assert same(whole, out / "last")

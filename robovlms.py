@@ -1005,6 +1005,14 @@ def insert(x, new, at):
     return torch.cat([x[:, :at], new, x[:, at:]], 1)
 
 
+class LeanQuickGELU(hf.activations.QuickGELUActivation):
+    """As it was, in less memory. (A class: what is set on one object, --compile compiles for each anew.)"""
+
+    def forward(self, x):
+        """x sigmoid(1.702 x), of any shape."""
+        return lean(super().forward, x)
+
+
 class Model(nn.Module):
     """The matrix. preset, origin: for the record; fresh: modules that a checkpoint did not hold."""
     graphs = Graphs()                  # off; Graphs(common.captured): act() with CUDA graphs
@@ -1026,7 +1034,7 @@ class Model(nn.Module):
         self.set_trainable()
         for module in self.backbone.modules():                 # CLIP's x sigmoid(1.702 x): x is enough
             if isinstance(module, hf.activations.QuickGELUActivation):
-                module.forward = functools.partial(lean, module.forward)
+                module.__class__ = LeanQuickGELU
         if cfg.head != "discrete" and hasattr(self.backbone.language_model, "lm_head"):
             self.backbone.language_model.lm_head.requires_grad_(False)     # carried along, read by nothing
 

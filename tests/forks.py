@@ -107,6 +107,7 @@ def become(job, rank, world, port, folder):
                     del sys.modules[name]
             sys.path[:] = [job["cwd"], *(path for path in sys.path if path not in ours and path)]
         runpy.run_path(str(Path(job["cwd"] if job.get("alone") else ROOT, job["argv"][0])), run_name="__main__")
+        code = 0
     except SystemExit as e:
         code = e.code or 0
     except BaseException:
@@ -142,7 +143,7 @@ def one(job):
             del job["term_at"]
         else:
             continue
-        if any(codes.values()):
+        if alive and any(codes.values()):
             time.sleep(0.2)                                                 # the others may be leaving, too
         for pid in alive:
             os.kill(pid, signals)

@@ -47,7 +47,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, vision_utils
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (Qwen2_5_VLTextConfig,
                                                                      Qwen2_5_VLVisionConfig)
@@ -1519,6 +1519,46 @@ class Writer:
         return [row[:n] for row, n in zip(self.text[:, 1:].tolist(), self.count.tolist())]
 
 
+# twin: vla0.windows
+@functools.lru_cache(8)
+def windows(grids, merge, window, patch, device):
+    """What transformers' tower works out in each pass, and reads back from the device: in which order patches
+    stand, and who attends to whom. grids: ((rows, columns) of patches, ...), of all pictures; the rest: sizes
+    of merged blocks [patches], windows and patches [pixels]. Returns arguments for the tower."""
+    def attend(ends):
+        """For each size of windows: (that size, their rows (windows, size)), and how to undo this order."""
+        starts, sizes = ends[:-1], ends.diff()
+        rows = [starts[sizes == n][:, None] + torch.arange(n) for n in sizes.unique().tolist()]
+        if len(rows) == 1:
+            return ((rows[0].shape[1], None), ), None
+        back = torch.cat([of.flatten() for of in rows]).argsort()
+        return tuple((of.shape[1], of.to(device)) for of in rows), back.to(device)
+    grid = torch.tensor([(1, *sides) for sides in grids])                           # (pictures, 3)
+    order, ends = vision_utils.get_vision_window_index(grid, merge, window, patch)
+    return {"position_ids": vision_utils.get_vision_position_ids(grid, merge).to(device),
+            "window_index": order.to(device), "cu_window_seqlens": attend(ends.long()),
+            "cu_seqlens": attend(F.pad(grid.prod(1).cumsum(0), (1, 0)))}
+
+
+# twin: vla0.WindowAttention
+class WindowAttention(qwen.Qwen2_5_VLVisionAttention):
+    """The tower's attention: one call for all windows of a size, where transformers makes one for each."""
+
+    def forward(self, hidden_states, cu_seqlens, position_embeddings=None, **kwargs):
+        """(n, D) -> (n, D). cu_seqlens: as `windows` has them, or as transformers."""
+        if isinstance(cu_seqlens, torch.Tensor):
+            return super().forward(hidden_states, cu_seqlens, position_embeddings, **kwargs)
+        n, (groups, back) = len(hidden_states), cu_seqlens
+        q, k, v = self.qkv(hidden_states).view(n, 3, self.num_heads, -1).unbind(1)  # (n, H, K)
+        parts, qkv = [], (*qwen.apply_rotary_pos_emb_vision(q, k, *position_embeddings), v)
+        for size, rows in groups:
+            of = (x.unflatten(0, (-1, size)) if rows is None else x[rows] for x in qkv)
+            x = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in of))    # (windows, H, size, K)
+            parts.append(x.transpose(1, 2).flatten(0, 1))                           # (windows size, H, K)
+        x = parts[0] if back is None else torch.cat(parts)[back]
+        return self.proj(x.reshape(n, -1))
+
+
 # ---- The model ------------------------------------------------------------------------------------------
 
 class Model(nn.Module):
@@ -1547,12 +1587,22 @@ class Model(nn.Module):
             spatial_merge_size=cfg.merge_size, temporal_patch_size=cfg.temporal_patch_size,
             window_size=cfg.window_size, fullatt_block_indexes=list(cfg.full_attention), hidden_act="silu",
             initializer_range=cfg.llm_init, attn_implementation=hf_attention(attn)))
+        for block in self.visual.blocks if attn == "sdpa" else ():
+            block.attn.__class__ = WindowAttention
         self.reader = None
 
     @property
     def device(self):
         """Where the weights are."""
         return self.model.norm.weight.device
+
+    def look(self, patches, grid):
+        """Patches, grid (pictures, 3) on the CPU -> the tower's features (tokens, D)."""
+        cfg, how, device = self.cfg, {}, patches.device
+        if self.attn == "sdpa":
+            sizes = cfg.merge_size, cfg.window_size, cfg.patch_size
+            how = windows(tuple(map(tuple, grid[:, 1:].tolist())), *sizes, device)
+        return self.visual(patches.to(self.visual.dtype), grid_thw=grid.to(device), **how).pooler_output
 
     def embed(self, batch):
         """The token rows (B, L, D) with the pictures in their places. Patches of floats: pixels already."""
@@ -1561,7 +1611,7 @@ class Model(nn.Module):
         if not len(patches):
             return rows
         pixels = patches if patches.is_floating_point() else to_pixels(patches, self.cfg)
-        seen = self.visual(pixels.to(self.visual.dtype), grid_thw=batch["grid"]).pooler_output   # (tokens, D)
+        seen = self.look(pixels, batch["grid"])  # (tokens, D)
         #  system ... user \n A <|vision_start|> | picture | <|vision_end|> , right ... \n | words <boa> codes
         return rows.masked_scatter((ids == self.cfg.image_id)[..., None], seen.to(rows.dtype))
 
@@ -1607,7 +1657,7 @@ class Model(nn.Module):
     @torch.no_grad()
     def write(self, batch, cfg, mode, drafts=None, seed=None):
         """A batch of prompts -> a Writer that has written. mode, drafts: see Writer."""
-        batch = {name: value.to(self.device) for name, value in batch.items()}
+        batch = {name: x if name == "grid" else x.to(self.device) for name, x in batch.items()}
         grammar = None if mode == "free" else self.tokenizer.actions.grammar(cfg.horizon, cfg.action_dim)
         with torch.autocast(self.device.type, enabled=False):
             rows = self.embed(batch)                                                # (B, L, D)

@@ -460,8 +460,9 @@ def name_apart(collate, items):
 
 
 def to_device(batch, device):
-    """All but the keys, which the method reads on the CPU to seed its draws."""
-    return {name: x if name == "key" else x.to(device, non_blocking=True) for name, x in batch.items()}
+    """All but what the method reads on the CPU: keys, to seed its draws, and the sizes of pictures."""
+    return {name: x if name in ("key", "grid") else x.to(device, non_blocking=True)
+            for name, x in batch.items()}
 
 
 def held_out(dataset, n, batch, prepare, collate, rank, world):

@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, vision_utils
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (Qwen2_5_VLTextConfig,
                                                                      Qwen2_5_VLVisionConfig)
@@ -470,7 +470,7 @@ def patchify(images, cfg):
     x = x.view(N, 3, h // p // m, m, p, w // p // m, m, p).permute(0, 2, 5, 3, 6, 1, 4, 7)
     #   N, rows, columns, row in block, column in block, 3, y, x
     x = x.unsqueeze(6).expand(*x.shape[:6], cfg.temporal_patch_size, p, p)          # equal frames
-    grid = torch.tensor([[1, h // p, w // p]] * N, device=images.device)
+    grid = torch.tensor([[1, h // p, w // p]] * N)                                  # (the host reads it)
     return x.reshape(N * (h // p) * (w // p), -1), grid
 
 
@@ -837,6 +837,44 @@ class Writer:
         return [t[:t.rfind(" ") + 1] if whole and END not in row else t for row, t in zip(rows, texts)]
 
 
+@functools.lru_cache(8)
+def windows(grids, merge, window, patch, device):
+    """What transformers' tower works out in each pass, and reads back from the device: in which order patches
+    stand, and who attends to whom. grids: ((rows, columns) of patches, ...), of all pictures; the rest: sizes
+    of merged blocks [patches], windows and patches [pixels]. Returns arguments for the tower."""
+    def attend(ends):
+        """For each size of windows: (that size, their rows (windows, size)), and how to undo this order."""
+        starts, sizes = ends[:-1], ends.diff()
+        rows = [starts[sizes == n][:, None] + torch.arange(n) for n in sizes.unique().tolist()]
+        if len(rows) == 1:
+            return ((rows[0].shape[1], None), ), None
+        back = torch.cat([of.flatten() for of in rows]).argsort()
+        return tuple((of.shape[1], of.to(device)) for of in rows), back.to(device)
+    grid = torch.tensor([(1, *sides) for sides in grids])                           # (pictures, 3)
+    order, ends = vision_utils.get_vision_window_index(grid, merge, window, patch)
+    return {"position_ids": vision_utils.get_vision_position_ids(grid, merge).to(device),
+            "window_index": order.to(device), "cu_window_seqlens": attend(ends.long()),
+            "cu_seqlens": attend(F.pad(grid.prod(1).cumsum(0), (1, 0)))}
+
+
+class WindowAttention(qwen.Qwen2_5_VLVisionAttention):
+    """The tower's attention: one call for all windows of a size, where transformers makes one for each."""
+
+    def forward(self, hidden_states, cu_seqlens, position_embeddings=None, **kwargs):
+        """(n, D) -> (n, D). cu_seqlens: as `windows` has them, or as transformers."""
+        if isinstance(cu_seqlens, torch.Tensor):
+            return super().forward(hidden_states, cu_seqlens, position_embeddings, **kwargs)
+        n, (groups, back) = len(hidden_states), cu_seqlens
+        q, k, v = self.qkv(hidden_states).view(n, 3, self.num_heads, -1).unbind(1)  # (n, H, K)
+        parts, qkv = [], (*qwen.apply_rotary_pos_emb_vision(q, k, *position_embeddings), v)
+        for size, rows in groups:
+            of = (x.unflatten(0, (-1, size)) if rows is None else x[rows] for x in qkv)
+            x = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in of))    # (windows, H, size, K)
+            parts.append(x.transpose(1, 2).flatten(0, 1))                           # (windows size, H, K)
+        x = parts[0] if back is None else torch.cat(parts)[back]
+        return self.proj(x.reshape(n, -1))
+
+
 # ---- The model ------------------------------------------------------------------------------------------
 
 class Model(nn.Module):
@@ -865,6 +903,8 @@ class Model(nn.Module):
             spatial_merge_size=cfg.merge_size, temporal_patch_size=cfg.temporal_patch_size,
             window_size=cfg.window_size, fullatt_block_indexes=list(cfg.full_attention), hidden_act="silu",
             initializer_range=cfg.llm_init, attn_implementation=hf_attention(attn)))
+        for block in self.visual.blocks if attn == "sdpa" else ():
+            block.attn.__class__ = WindowAttention
         self.reader = None
 
     @property
@@ -872,11 +912,19 @@ class Model(nn.Module):
         """Where the weights are."""
         return self.model.norm.weight.device
 
+    def look(self, patches, grid):
+        """Patches, grid (pictures, 3) on the CPU -> the tower's features (tokens, D)."""
+        cfg, how, device = self.cfg, {}, patches.device
+        if self.attn == "sdpa":
+            sizes = cfg.merge_size, cfg.window_size, cfg.patch_size
+            how = windows(tuple(map(tuple, grid[:, 1:].tolist())), *sizes, device)
+        return self.visual(patches.to(self.visual.dtype), grid_thw=grid.to(device), **how).pooler_output
+
     def embed(self, batch):
         """The token rows (B, L, D) with the pictures in their places. Needs images and ids of the batch."""
         images, ids = batch["images"], batch["ids"]
         patches, grid = patchify(images.flatten(0, 1), self.cfg)
-        seen = self.visual(patches.to(self.visual.dtype), grid_thw=grid).pooler_output     # (B N P, D)
+        seen = self.look(patches, grid)                                                    # (B N P, D)
         #  system ... user \n <|vision_start|> | pictures | <|vision_end|> instruction ... \n | 4 9 7 ...
         rows = self.model.embed_tokens(ids)                                         # (B, L, D)
         return rows.masked_scatter((ids == self.cfg.image_id)[..., None], seen.to(rows.dtype))

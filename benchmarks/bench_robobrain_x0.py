@@ -51,7 +51,8 @@ class PlainX0(bench_vla0.PlainVLA0):
 
     def fed(self, batch, cfg):
         ids, pixels = batch["ids"], x0.to_pixels(batch["patches"], cfg)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "image_grid_thw": batch["grid"],
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids),
+                "image_grid_thw": batch["grid"].to(ids.device),
                 "pixel_values": pixels.to(self.whole.model.visual.dtype),
                 "mm_token_type_ids": (ids == cfg.image_id).int()}
 
@@ -129,7 +130,7 @@ class Method(bench_vla0.Method):
     def collate(self, samples):
         stats = self.model.stats
         rows = [x0.prepare(s, self.cfg, self.model.tokenizer, stats) for s in samples]
-        return {k: v.to(self.device) for k, v in x0.collate(rows, self.cfg).items()}
+        return {k: v if k == "grid" else v.to(self.device) for k, v in x0.collate(rows, self.cfg).items()}
 
     def tokens_out(self):
         return 100 if self.args.size == "official" else 24

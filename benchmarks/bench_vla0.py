@@ -4,6 +4,7 @@ import functools
 import math
 import os
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
@@ -69,7 +70,7 @@ class PlainVLA0(nn.Module):
     def fed(self, batch, cfg):
         """What the processor of transformers would hand over."""
         ids, (pixels, grid) = batch["ids"], vla0.patchify(batch["images"].flatten(0, 1), cfg)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "image_grid_thw": grid,
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "image_grid_thw": grid.to(ids.device),
                 "pixel_values": pixels.to(self.whole.model.visual.dtype),
                 "mm_token_type_ids": (ids == cfg.image_id).int()}
 
@@ -307,7 +308,9 @@ class Method(Bench):
         if self.device.type != "meta":
             return self.base.loss(batch, self.cfg)
         whole, labels = self.base.whole, torch.empty_like(batch["ids"])        # it reads its grid on the host
-        hidden = whole.model.language_model(inputs_embeds=self.model.embed(batch), use_cache=False,
+        with mock.patch.object(self.model, "attn", "the tower as in transformers"):
+            rows = self.model.embed(batch)
+        hidden = whole.model.language_model(inputs_embeds=rows, use_cache=False,
                                             position_ids=batch["positions"].transpose(0, 1)).last_hidden_state
         return whole.loss_function(whole.lm_head(hidden), labels, self.cfg.vocab)
 

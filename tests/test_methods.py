@@ -200,6 +200,24 @@ def test_acting_reads_bf16_blocks_beside_a_float32_embedding(name):
     assert out.dtype == torch.float32 and out.isfinite().all()
 
 
+@pytest.mark.parametrize("name, grids, calls", [
+    ("vla0", [[8, 8]] * 3, 2), ("vla0", [[6, 10], [4, 4], [6, 10]], 5), ("robobrain_x0", [[8, 8]] * 3, 4),
+    ("robobrain_x0", [[6, 10], [4, 4], [6, 10]], 8)], ids=str)
+@torch.no_grad()
+def test_the_tower_attends_once_per_size_of_window_as_transformers_does_once_per_window(name, grids, calls):
+    model, seen = make(importlib.import_module(name)), []
+    grid, cfg = torch.tensor([[1, *sides] for sides in grids]), model.cfg
+    patches = torch.randn(int(grid.prod(1).sum()), 3 * cfg.temporal_patch_size * cfg.patch_size ** 2)
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append("scaled_dot_product" in str(func))
+            return func(*args, **(kwargs or {}))
+    with Count():
+        found = model.look(patches, grid)
+    assert torch.equal(found, model.visual(patches, grid_thw=grid).pooler_output) and sum(seen) == calls
+
+
 ONE_STEP = {head: {"formulation": "one_step", "head": head} for head in ("mlp", "discrete")}
 
 

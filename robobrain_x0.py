@@ -1598,11 +1598,13 @@ class Model(nn.Module):
 
     def look(self, patches, grid):
         """Patches, grid (pictures, 3) on the CPU -> the tower's features (tokens, D)."""
-        cfg, how, device = self.cfg, {}, patches.device
-        if self.attn == "sdpa":
-            sizes = cfg.merge_size, cfg.window_size, cfg.patch_size
-            how = windows(tuple(map(tuple, grid[:, 1:].tolist())), *sizes, device)
-        return self.visual(patches.to(self.visual.dtype), grid_thw=grid.to(device), **how).pooler_output
+        cfg, dtype = self.cfg, self.visual.dtype
+        if self.attn != "sdpa":
+            return self.visual(patches.to(dtype), grid_thw=grid.to(patches.device)).pooler_output
+        sides = tuple(map(tuple, grid[:, 1:].tolist()))
+        how = windows(sides, cfg.merge_size, cfg.window_size, cfg.patch_size, patches.device)
+        return self.graphs(lambda x: self.visual(x.to(dtype), grid_thw=grid, **how).pooler_output, patches,
+                           key=sides)
 
     def embed(self, batch):
         """The token rows (B, L, D) with the pictures in their places. Patches of floats: pixels already."""
@@ -1611,7 +1613,7 @@ class Model(nn.Module):
         if not len(patches):
             return rows
         pixels = patches if patches.is_floating_point() else to_pixels(patches, self.cfg)
-        seen = self.look(pixels, batch["grid"])  # (tokens, D)
+        seen = self.look(pixels, batch["grid"])                                     # (tokens, D)
         #  system ... user \n A <|vision_start|> | picture | <|vision_end|> , right ... \n | words <boa> codes
         return rows.masked_scatter((ids == self.cfg.image_id)[..., None], seen.to(rows.dtype))
 

@@ -914,11 +914,13 @@ class Model(nn.Module):
 
     def look(self, patches, grid):
         """Patches, grid (pictures, 3) on the CPU -> the tower's features (tokens, D)."""
-        cfg, how, device = self.cfg, {}, patches.device
-        if self.attn == "sdpa":
-            sizes = cfg.merge_size, cfg.window_size, cfg.patch_size
-            how = windows(tuple(map(tuple, grid[:, 1:].tolist())), *sizes, device)
-        return self.visual(patches.to(self.visual.dtype), grid_thw=grid.to(device), **how).pooler_output
+        cfg, dtype = self.cfg, self.visual.dtype
+        if self.attn != "sdpa":
+            return self.visual(patches.to(dtype), grid_thw=grid.to(patches.device)).pooler_output
+        sides = tuple(map(tuple, grid[:, 1:].tolist()))
+        how = windows(sides, cfg.merge_size, cfg.window_size, cfg.patch_size, patches.device)
+        return self.graphs(lambda x: self.visual(x.to(dtype), grid_thw=grid, **how).pooler_output, patches,
+                           key=sides)
 
     def embed(self, batch):
         """The token rows (B, L, D) with the pictures in their places. Needs images and ids of the batch."""

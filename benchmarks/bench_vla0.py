@@ -70,7 +70,8 @@ class PlainVLA0(nn.Module):
     def fed(self, batch, cfg):
         """What the processor of transformers would hand over."""
         ids, (pixels, grid) = batch["ids"], vla0.patchify(batch["images"].flatten(0, 1), cfg)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "image_grid_thw": grid.to(ids.device),
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids),
+                "image_grid_thw": grid.to(ids.device),
                 "pixel_values": pixels.to(self.whole.model.visual.dtype),
                 "mm_token_type_ids": (ids == cfg.image_id).int()}
 
@@ -131,11 +132,9 @@ class Method(Bench):
     def shake(self, model):
         super().shake(model)
         model.model.embed_tokens.weight[self.cfg.im_end_id] = 0    # never the best: no chunk ends early
-        if self.device.type == "meta":
-            model.visual.register_forward_pre_hook(self.real_grid, with_kwargs=True)
 
     def real_grid(self, visual, args, kwargs):
-        """On the meta device: the tower reads its grid on the host, so here it is in numbers."""
+        """On the meta device: transformers' tower reads its grid on the host, so here it is in numbers."""
         rows, columns = (side // self.cfg.patch_size for side in self.batch(0)["images"].shape[2:4])
         grid = torch.tensor([[1, rows, columns]] * (args[0].shape[0] // (rows * columns)))
         places = get_vision_position_ids(grid, self.cfg.merge_size)
@@ -307,9 +306,11 @@ class Method(Bench):
     def base_loss(self, batch, i):
         if self.device.type != "meta":
             return self.base.loss(batch, self.cfg)
-        whole, labels = self.base.whole, torch.empty_like(batch["ids"])        # it reads its grid on the host
-        with mock.patch.object(self.model, "attn", "the tower as in transformers"):
+        whole, labels = self.base.whole, torch.empty_like(batch["ids"])
+        hook = self.model.visual.register_forward_pre_hook(self.real_grid, with_kwargs=True)
+        with mock.patch.object(self.model, "attn", "as transformers"):
             rows = self.model.embed(batch)
+        hook.remove()
         hidden = whole.model.language_model(inputs_embeds=rows, use_cache=False,
                                             position_ids=batch["positions"].transpose(0, 1)).last_hidden_state
         return whole.loss_function(whole.lm_head(hidden), labels, self.cfg.vocab)

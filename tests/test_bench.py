@@ -210,20 +210,32 @@ class Made(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def tower(model, patches, grid):
+    """What `look` hands to its graphs."""
+    held = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "graphs", lambda work, x, key: held.append(lambda: work(x)) or work(x))
+        model.look(patches, grid)
+    return held[0]
+
+
 def repeated(b):
     """What a method does for an observation once its pictures are in, or repeats: a list of functions."""
     model, batch, cfg = b.model, b.batch(0), b.cfg
     if b.module is vla0:
-        return [lambda w=b.writer(batch, dataclasses.replace(b.changed(v), window=3)), n=n: w.read(n)
-                for v in ("eager", "grammar", "spec:jacobi") for n in (1, 3)]
+        patches, grid = vla0.patchify(batch["images"].flatten(0, 1), cfg)
+        return [tower(model, patches, grid), *(
+            lambda w=b.writer(batch, dataclasses.replace(b.changed(v), window=3)), n=n: w.read(n)
+            for v in ("eager", "grammar", "spec:jacobi") for n in (1, 3))]
     if b.module is robobrain_x0:
-        made = [b.writer(batch, "eager")]
+        made, pixels = [b.writer(batch, "eager")], robobrain_x0.to_pixels(batch["patches"], cfg)
         for how in ({}, {"temperature": 0.7, "repetition_penalty": 1.1}):
             cfg = dataclasses.replace(b.changed("constrained"), window=3, **how)
             rows, grammar = model.embed(batch), b.grammar(cfg, "constrained")
             with model.reading() as reader:
                 made.append(robobrain_x0.Writer(cfg, reader, batch, rows, "actions", grammar, [[0]]))
-        return [lambda w=w, n=n: w.read(n) for w in made for n in (1, w.window)]
+        return [tower(model, pixels, batch["grid"]),
+                *(lambda w=w, n=n: w.read(n) for w in made for n in (1, w.window))]
     if b.module is a0:
         features, noise = model(batch), b.noise(0)
         return [lambda: model.sample(features, noise)]

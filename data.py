@@ -65,6 +65,7 @@ import signal
 import sys
 import tarfile
 import threading
+import warnings
 import zipfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor
@@ -782,7 +783,7 @@ class Manifest(Samples):
         path = path if path.exists() else self.path.parent / "images" / path.name
         try:
             third, wrist = np.split(np.array(Image.open(path).convert("RGB")), 2, axis=1)       # (h, w, 3)
-        except (OSError, ValueError, SyntaxError) as e:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
             raise ValueError(f"{self.path}, line {number}: {path} is no picture of two halves: {e}") from None
         return {"images": {"third": third, "wrist": wrist}, "instruction": line["instruction"],
                 "state": np.zeros(1, np.float32), "actions": self._decode(q), "loss_mask": (q >= 0).all(1),
@@ -825,9 +826,9 @@ def _layout(path, form="A0's sets"):
     """Whatever is wrong with a file is one ValueError that names it."""
     try:
         yield
-    except (LookupError, TypeError, AttributeError, ValueError, OSError, EOFError, SyntaxError, zlib.error,
-            zipfile.BadZipFile) as e:
-        if type(e) is ValueError and str(path) in str(e):  # one of ours
+    except (LookupError, TypeError, AttributeError, ValueError, OSError, EOFError, SyntaxError, RuntimeError,
+            zlib.error, zipfile.BadZipFile, Image.DecompressionBombError) as e:
+        if type(e) is ValueError and str(path.parent) in str(e):   # one of ours
             raise
         make = " HOI4D's frames come from data.py hoi4d-frames." * (path.parent.name == "align_rgb")
         reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
@@ -1923,7 +1924,7 @@ USUAL = {"action": ("action", "actions"), "state": ("observation.state", "state"
          "wrist": ("wrist_image", "image2", "eye_in_hand_rgb", "wrist", "hand", "cam_right_wrist",
                    "rgb_gripper")}
 FRAMES = 64                    # files that a worker keeps open, each with its decoder
-TABLE = 1                      # version of the table in the cache; who changes what it holds raises it
+TABLE = 2                      # version of the table in the cache; who changes what it holds raises it
 TOLERANCE = 1e-4               # s; a frame that far from its time is another one (official: tolerance_s)
 
 
@@ -2032,6 +2033,7 @@ class Recorded(Samples):
         except (SafetensorError, OSError, ValueError, TypeError, KeyError) as e:
             raise _torn(path, e) from None
         if self.damaged and self.options["damaged"] != "skip":
+            path.unlink(missing_ok=True)                       # it may be mended when it is asked for again
             raise ValueError(f"{self.root}: {len(self.damaged)} of {len(self.chosen)} episodes are damaged: "
                              f"{self.damaged[0][1].rstrip('.')}. python data.py {self.root} lists them all; "
                              "damaged=skip leaves them out.")
@@ -2066,6 +2068,20 @@ class Recorded(Samples):
         save_file(tensors or {"actions": np.zeros((0, 1), np.float32)}, path, {"recorded": json.dumps(facts)})
 
     def __getitem__(self, index):
+        """The index-th frame. With damaged=skip, where one of its pictures turns out damaged: the first frame
+        of the next episode that is whole, and a warning."""
+        episode, damage = self.place(index)[0], None
+        for e in range(episode, episode + len(self.kept)):
+            try:
+                return self._sample(int(self.at[e % len(self.kept)]) if damage else index)
+            except ValueError as why:
+                if self.options["damaged"] != "skip":
+                    raise
+                damage = why
+                warnings.warn(f"{why}; damaged=skip shows another episode's first frame", stacklevel=2)
+        raise damage
+
+    def _sample(self, index):
         e, _ = self.place(index)
         start, end = int(self.at[e]), int(self.at[e + 1])
         first, T, n = max(start, index - self.history + 1), self.horizon, min(self.horizon, end - index)
@@ -2098,7 +2114,8 @@ class Recorded(Samples):
         """What is wrong with a picture of the i-th episode here, or ""."""
         try:
             for key in cameras:
-                self.pictures(number, self._rows(int(self.at[i]), int(self.at[i + 1])), key)
+                x = self.pictures(number, self._rows(int(self.at[i]), int(self.at[i + 1])), key)
+                _check_array(f"{self.where(number)}: {key}", x, np.uint8, ("n", "h", "w", 3))
         except ValueError as e:
             return str(e)
         return ""
@@ -2189,7 +2206,7 @@ class LeRobot(Recorded):
                 named += [(row, {key[5:]: row[key] for key in wanted} | row) for row in rows]
         found = []
         for row, names in sorted(named, key=lambda one: one[1]["episode_index"]):
-            e = {"index": names["episode_index"], "length": names["length"], "videos": {},
+            e = {"index": names["episode_index"], "length": int(names["length"]), "videos": {},
                  "data": self.root / about["data_path"].format(**names)}
             for key in videos:
                 at = {x: row.get(f"videos/{key}/{x}") for x in ("chunk_index", "file_index")}
@@ -2243,10 +2260,13 @@ class LeRobot(Recorded):
         e = self.episodes[number]
         start, end = np.searchsorted(rows["episode"], [e["index"], e["index"] + 1])
         found = {name: rows[name][start:end] for name in rows if name not in ("episode", "frame")}
-        if not np.array_equal(rows["frame"][start:end], np.arange(e["length"])):
+        if end - start != e["length"] or (rows["frame"][start:end] != np.arange(end - start)).any():
             return f"{self.where(number)} has {end - start} rows, wanted frames 0 .. {e['length'] - 1} once"
         if not all(0 <= task < len(self.tasks) and is_text(self.tasks[task]) for task in set(found["task"])):
             return f"{self.where(number)}: a row's task_index has no text in meta/tasks"
+        late = np.abs(found["time"] - np.arange(end - start) / self.fps).max(initial=0)
+        if e["videos"] and late > 0.5 / self.fps:
+            return f"{self.where(number)}: timestamps are up to {late:.3f} s off frame / fps ({self.fps:g})"
         for path, start, end in e["videos"].values():
             if not path.is_file():
                 return f"{path} is missing"
@@ -2281,19 +2301,22 @@ class LeRobot(Recorded):
 
     def check(self):
         """Yield (episode, why): videos that are torn, short, or of another fps; pictures that do not open."""
-        needed = {}
-        for number, n in self.kept:
-            e = self.episodes[number]
-            for path, start, _ in e["videos"].values():
-                needed.setdefault(path, []).append(((start or 0) + (n - 1) / self.fps, number))
+        needed, half = {}, 0.5 / self.fps
+        for i, (number, _) in enumerate(self.kept):
+            for path, start, _ in self.episodes[number]["videos"].values():
+                needed.setdefault(path, []).append((number, i, start or 0))
         for path, uses in tqdm(needed.items(), "videos", disable=None):
             try:
-                last = max(self.videos(path, self.fps).times(), default=-1)
-                why = f"{path} ends at {last:.3f} s, rows go on to {max(uses)[0]:.3f} s"
-                bad = [number for end, number in uses if end > last + 0.5 / self.fps]
+                video = self.videos(path, self.fps)
+                times, most = np.append(video.times(), math.inf), max(TOLERANCE, video.stream.time_base)
             except ValueError as e:
-                why, bad = str(e), [number for _, number in uses]
-            yield from ((number, why) for number in bad)
+                yield from ((number, str(e)) for number, *_ in uses)
+                continue
+            for number, i, start in uses:                      # as Video.at looks for them
+                t = start + self._rows(int(self.at[i]), int(self.at[i + 1]))["time"].astype(np.float64)
+                far = np.abs(times[np.searchsorted(times, t - half)] - t) > most
+                if far.any():
+                    yield number, f"{path}: no frame at {t[far][0]:.4f} s, of episode {number}"
         inside = [key for key in self.views.values() if self.kinds[key] == "image"]
         for i, (number, n) in enumerate(self.kept if inside else ()):
             if why := self.unreadable(number, i, inside):
@@ -3652,12 +3675,15 @@ def describe(spec, sheet=None):
     """Print a `report` of all that a path or a --data holds; sheet: FILE.png. ValueError: what is damaged."""
     if sheet and (Path(sheet).suffix != ".png" or Path(spec).resolve() in Path(sheet).resolve().parents):
         raise ValueError(f"--sheet {sheet}: give a FILE.png that is not in {spec}.")
-    spans, damaged = [], 0
+    spans, stale, damaged = [], [], 0
     for name, data in look_at(spec):
         damaged += len(found := report(name, data))
+        stale += [data.path] if found and isinstance(data, Recorded) and data.chosen else []
         spans += [(data, int(a), int(b)) for a, b in data.whole(found)]
     if sheet and spans:
         contact_sheet(spans, sheet)
+    for path in stale:                                         # as in Recorded._index
+        path.unlink(missing_ok=True)
     if not spans and not damaged:
         raise ValueError(f"{spec}: no sample is in it.")
     if damaged:

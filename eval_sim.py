@@ -45,6 +45,7 @@ import sys
 import tempfile
 import time
 import warnings
+from contextlib import suppress
 from ctypes.util import find_library
 from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
@@ -1005,21 +1006,30 @@ def recordings(source, families=DEFAULT_FAMILIES, split="eval", episodes=200, em
 
 def _taped(folder, episodes):
     from common import read_json
-    from data import _optional
+    from data import _layout, _optional
     pq, about = _optional("pyarrow.parquet", folder), folder / "meta" / "recording.json"
-    made_from = read_json(about).get("made_from", {}) if about.is_file() else {}
-    if made_from.get("suite") not in SIMS:
+    made_from = read_json(about).get("made_from") if about.is_file() else None
+    if not isinstance(made_from, dict) or str(made_from.get("suite")) not in SIMS:
         raise ValueError(f"{folder}: eval_sim.py --record did not write it, so there are no seeds to lay its "
                          "scenes out again.")
     columns = ["family", "seed", "action", "observation.state"]
-    tables = (pq.read_table(path, columns=columns) for path in sorted((folder / "data").rglob("*.parquet")))
-    parts = ([np.array(table[name].to_pylist()) for name in columns] for table in tables)    # each has a file
+    files = sorted((folder / "data").rglob("*.parquet"))
+    if len(files) != (whole := read_json(folder / "meta" / "info.json").get("total_episodes")):
+        raise ValueError(f"{folder}/data holds {len(files)} of {whole} episodes. Copy the folder again.")
+
+    def read(path):                                                   # an episode
+        with _layout(path, "a recording of --record"):
+            table = pq.read_table(path, columns=columns)
+            return [np.array(table[name].to_pylist()) for name in columns]
+    parts = map(read, files)
     for (family, seed), played in islice(groupby(parts, lambda part: (part[0][0], part[1][0])), episodes):
         _, _, actions, states = map(np.concatenate, zip(*played))     # told one instruction after the other
-        yield (made_from["families"][family],), made_from["split"], {
-            "seed": int(seed), "executed": actions, "state": states, "sim": made_from["suite"],
-            "embodiment": made_from["embodiment"],
-            "settings": {key: x for key, x in made_from.get("settings", {}).items() if key in LAID_OUT_BY}}
+        with _layout(about, "a recording of --record"):
+            found = (made_from["families"][family],), made_from["split"], {
+                "seed": int(seed), "executed": actions, "state": states, "sim": made_from["suite"],
+                "embodiment": made_from["embodiment"],
+                "settings": {k: x for k, x in made_from.get("settings", {}).items() if k in LAID_OUT_BY}}
+        yield found
 
 
 def replay(recorded):
@@ -2252,10 +2262,13 @@ def _journal(path, about, waves):
     rows, head = [], json.dumps(about)
     results = path.with_name(f"results{path.stem.removeprefix('episodes')}.json")
     if path.is_file():
-        found, *lines = path.read_text(encoding="utf-8").split("\n")[:-1] or [""]    # no torn last line
+        text = path.read_text(encoding="utf-8", errors="replace")
+        found, *lines = text.split("\n")[:-1] or [""]                 # no torn last line
         for first, jobs in waves if found == head else ():
-            part = [json.loads(line) for line in lines[first:first + len(jobs)]]
-            rows += part if len(part) == len(jobs) else []
+            with suppress(ValueError):
+                part = [json.loads(line) for line in lines[first:first + len(jobs)]]
+                whole = [row for row in part if isinstance(row, dict) and "success" in row]
+                rows += part if len(whole) == len(jobs) else []
         if len(rows) == sum(len(jobs) for _, jobs in waves):
             if results.is_file() and results.stat().st_mtime_ns >= path.stat().st_mtime_ns:
                 rows = []

@@ -1,4 +1,5 @@
 """data.py's LeRobot and LIBERO: sets of every version from a writer of the tests' own, traps, damage, round trips."""
+import contextlib
 import io
 import json
 import os
@@ -386,7 +387,32 @@ def test_a_damaged_video_is_named_by_the_frame_that_needs_it(tmp_path, name):
     assert MP4 in str(e.value) and "\n" not in str(e.value)
     assert said in str(e.value) or "no frame at 0.5000 s, it ends before" in str(e.value)
     (number, why), = found.check()
-    assert number == 2 and (said in why or "ends at 0.300 s, rows go on to 0.500 s" in why)
+    assert number == 2 and (said in why or "no frame at 0.4000 s, of episode 2" in why)
+
+
+@lerobot
+def test_damaged_pictures_are_skipped_when_asked(tmp_path):
+    root = make(tmp_path / "set")
+    found = reader(root, options={"damaged": "skip"})
+    LATER["torn mp4"][0](root)                                 # after the set was opened, as in the middle of it
+    found = pickle.loads(pickle.dumps(found))
+    with pytest.warns(UserWarning, match="not as in an mp4.*damaged=skip shows another episode's first"):
+        instead = found[13]
+    for name, x in found[0].items():
+        np.testing.assert_equal(instead[name], x)
+
+
+@lerobot
+@pytest.mark.parametrize("look", [lambda root: reader(Path(root)), data.describe], ids=["train", "data.py"])
+def test_what_was_damaged_and_is_whole_again_is_read_again(tmp_path, look, capsys):
+    root = make(tmp_path / "set")
+    video = root / MP4
+    whole = video.read_bytes()
+    video.unlink()
+    with contextlib.suppress(ValueError):
+        look(str(root))
+    video.write_bytes(whole)
+    assert not reader(root).damaged
 
 
 @lerobot

@@ -268,6 +268,20 @@ def test_replay_of_a_stored_set_is_exact_and_notices_wrong_units(tmp_path, capsy
     assert eval_sim.replay(recorded)[1] > 0.01
 
 
+def test_a_recording_that_lacks_a_file_is_not_replayed_in_part(tmp_path, capsys):
+    pytest.importorskip("pyarrow")
+    folder = tmp_path / "taped"
+    eval_sim.main(f"--expert --episodes 3 --image-size 16 --record {folder} --out {tmp_path / 'out'}".split())
+    one, *_ = sorted((folder / "data").rglob("*.parquet"))
+    whole = one.read_bytes()
+    for damage, said in ((lambda: one.write_bytes(whole[:200]), one.name), (one.unlink, "holds 2 of 3 episodes")):
+        damage()
+        with pytest.raises(ValueError, match=said):
+            list(eval_sim.recordings(folder))
+    one.write_bytes(whole)
+    assert len(list(eval_sim.recordings(folder))) == 3
+
+
 # ---- Two arms, two goals ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("family, embodiment", [("pick", "dual"), ("put", "dual"), ("push", "dual"),

@@ -2809,12 +2809,27 @@ def load_model(a, method, ckpt, **how):
     return model
 
 
+def other_gripper(a, ckpt):
+    """A warning if a checkpoint of train.py learned another meaning of the gripper than it is asked for."""
+    from common import read_json
+    told, data = Path(ckpt, "training_state", "run.json"), ""
+    with suppress(ValueError, KeyError, TypeError, OSError):
+        data = str(read_json(told)["args"]["data"]) if told.is_file() else ""
+    learned, asked = "gripper=openvla" in data, a.gripper == "openvla"
+    if a.sim == "tabletop" or not data or learned == asked:
+        return ""
+    return (f"warning: {ckpt} was trained with --data {data}: "
+            f"{'give' if learned else 'leave out'} --gripper openvla, or its gripper moves the wrong way.")
+
+
 def load(a, method, ckpt):
     """The model of a checkpoint, ready to act; prints what it is."""
     from common import device, pick_attention
     where = device(a.device)
     attn = pick_attention(a.attn, where)
     model = load_model(a, method, ckpt)
+    if problem := other_gripper(a, ckpt):
+        print(problem, file=sys.stderr)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     attn += ", CUDA graphs" * bool(a.graphs) + ", 8 bits" * bool(a.int8)
     print(f"{method.__name__}, {size:.2f} M parameters, from {ckpt}, on {where}, attention {attn}; plays "

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import cogact
+import common
 import data
 import eval_sim
 import forks
@@ -266,6 +267,17 @@ def test_replay_of_a_stored_set_is_exact_and_notices_wrong_units(tmp_path, capsy
     assert "replayed 3 recorded episodes: 3 succeed" in capsys.readouterr().out
     recorded = [(f, s, {**e, "executed": e["executed"] / 2}) for f, s, e in eval_sim.recordings(folder)]
     assert eval_sim.replay(recorded)[1] > 0.01
+
+
+@pytest.mark.parametrize("sim, given, flag, said", [
+    ("metaworld", "lerobot=m,gripper=openvla", None, "give --gripper openvla"), ("tabletop", "x=1,gripper=openvla", None, ""),
+    ("libero", "libero=d", "openvla", "leave out --gripper openvla"), ("metaworld", "lerobot=m,gripper=openvla", "openvla", ""),
+    ("metaworld", "lerobot=m,gripper=none", None, ""), ("metaworld", "", "openvla", ""), ("metaworld", 3, None, "")])
+def test_another_gripper_than_was_learned_is_told(tmp_path, sim, given, flag, said):
+    common.write_json(tmp_path / "training_state" / "run.json", {"args": {"data": given}})
+    told = eval_sim.other_gripper(SimpleNamespace(sim=sim, gripper=flag), tmp_path)
+    assert said in told and bool(told) == bool(said) and eval_sim.other_gripper(
+        SimpleNamespace(sim=sim, gripper=flag), "of/the/hub") == ""
 
 
 def test_a_recording_that_lacks_a_file_is_not_replayed_in_part(tmp_path, capsys):

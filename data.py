@@ -398,6 +398,9 @@ def _sha256(path):
 
 def _manifest(folder):
     path = Path(folder) / "manifest.json"
+    if not os.path.isdir(folder):
+        found = "a file" if os.path.lexists(folder) else "nothing"
+        raise ValueError(f"{folder}: {found} is there; the folder of a set is wanted.")
     if not path.exists():
         raise ValueError(f"{folder} has no manifest.json: it is no finished set of `python data.py --make` "
                          "(nor LeRobot's, with meta/info.json, nor LIBERO's, with *.hdf5, nor RLDS, with "

@@ -667,7 +667,7 @@ def ckpt(*flags):
     (["--control", "expert", "--execute", "2"], "--control expert has no use for --execute"),
     (["--control", "random", "--ckpt", "/nowhere"], "/nowhere: no such file or folder"),
     (["--replay", "tabletop", "--ckpt", "x"], "--replay tabletop has no use for --ckpt"),
-    (["--replay", "/nowhere"], "/nowhere has no manifest.json"),
+    (["--replay", "/nowhere"], "/nowhere: nothing is there; the folder of a set is wanted"),
     (["--replay", "/nowhere", "--split", "val"], "--replay /nowhere has no use for --split"),
     (["--replay", "tabletop", "--sim", "tabletop"], "--replay tabletop has no use for --sim"),
     (["--episodes", "3"], "--ckpt is missing"),

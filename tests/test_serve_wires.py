@@ -654,7 +654,7 @@ def wild():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", ROUTES)
-def test_bad_requests_of_every_route_are_4xx(wild, path, n=100):
+def test_bad_requests_of_every_route_are_4xx(wild, path, n=40):
     rng, statuses = random.Random(path), []
     kind = FORM[1] if path == "/api/inference" else "application/json"
     for body in bad_bodies(path, n, rng):
@@ -670,7 +670,7 @@ def test_bad_requests_of_every_route_are_4xx(wild, path, n=100):
 
 
 @pytest.mark.slow
-def test_bad_requests_of_robots_are_4xx(robot, monkeypatch, n=100):
+def test_bad_requests_of_robots_are_4xx(robot, monkeypatch, n=40):
     monkeypatch.setattr(robot.service.model, "complete", lambda *_: [])     # a good request: 422, no motion
     rng, good = random.Random(0), robot_request(robot.robot)
     for i in range(n):
@@ -682,7 +682,7 @@ def test_bad_requests_of_robots_are_4xx(robot, monkeypatch, n=100):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wire", ["openpi", "vla-eval"])
-def test_bad_frames_are_answered_by_an_error_and_the_next_good_one_by_actions(wild, wire, n=100):
+def test_bad_frames_are_answered_by_an_error_and_the_next_good_one_by_actions(wild, wire, n=40):
     rng, errors = random.Random(wire), 0
     seen = {"images": {"third": IMAGE}, "states": np.zeros(8), "task_description": TEXT}
     good = {"openpi": {"image": IMAGE, "state": np.zeros(8), "prompt": TEXT},

@@ -21,6 +21,7 @@ OUT/step-000400/   a checkpoint folder (see common.py); with EMA its weights are
 OUT/last           link to the newest checkpoint
 OUT/metrics.jsonl  a line per status line, the same numbers
 """
+import atexit
 import contextlib
 import dataclasses
 import functools
@@ -1157,4 +1158,13 @@ def run(cleanup, args, module, cfg, found):
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    try:
+        common.cli(main)
+    except SystemExit as e:
+        # All is written. A thread of torch's may outlive the interpreter (torch 2.13, gloo: in about one of 20
+        # runs "terminate called" ended a process here), and torchrun then calls the whole run a failure.
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            atexit._run_exitfuncs()
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(e.code or 0)
+        raise

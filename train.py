@@ -1161,8 +1161,8 @@ if __name__ == "__main__":
     try:
         common.cli(main)
     except SystemExit as e:
-        # All is written. A thread of torch's may outlive the interpreter (torch 2.13, gloo: in about one of 20
-        # runs "terminate called" ended a process here), and torchrun then calls the whole run a failure.
+        # All is written. A thread of torch's may outlive the interpreter (torch 2.13, gloo: one of 20
+        # runs ended in "terminate called"), and torchrun then calls the whole run a failure.
         if "TORCHELASTIC_RUN_ID" in os.environ:
             atexit._run_exitfuncs()
             sys.stdout.flush(), sys.stderr.flush()
